@@ -1,0 +1,219 @@
+"""The diffusion transformer: embedders, block, and every architecture of this repository.
+
+    DiT         adaLN-Zero transformer of DiT (arXiv 2212.09748), as used by SiT (2401.08740) and REPA (2410.06940)
+
+Plain modules: nothing here reads a file, knows about processes or holds a loss, so `sample.py` rebuilds any model from
+the `config` of its checkpoint with `build(config)`. Names and shapes of the state dict are those of the official
+DiT / SiT / REPA checkpoints.
+
+Shapes in the right margin:
+    N batch    C, H, W latent channels, height, width    P patch size    T = (H/P)(W/P) tokens    D width (hidden_size)
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn as nn
+from timm.layers import Attention, Mlp, PatchEmbed
+
+# name: (blocks, width, heads); S to XL are the sizes of DiT, nano is ours, for laptops and tests
+SIZES = {
+    "nano": (6, 128, 4),
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+}
+
+
+def sincos_positions(side, width):
+    """Fixed 2-D sin-cos position table of a `side` x `side` grid of tokens: float64 array [side^2, width].
+
+    The first half of the channels encodes the column, the second half the row; each half is [sin | cos] in blocks.
+    """
+    omega = 10000.0 ** (-np.arange(width // 4) / (width // 4))
+    angles = np.outer(np.arange(side), omega)                                     # (side, D/4)
+    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)               # (side, D/2)
+    column, row = np.tile(axis, (side, 1)), np.repeat(axis, side, axis=0)         # (side^2, D/2) each
+    return np.concatenate([column, row], axis=1)
+
+
+def modulate(x, shift, scale):
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class TimestepEmbedder(nn.Module):
+    """Scalar t -> 256 sinusoids [cos | sin] -> two-layer MLP.
+
+    Flow matching feeds t in [0, 1] as it is: SiT and REPA do not multiply by 1000 (acknowledged by their authors as
+    unintended: SiT#24, REPA#40), and their checkpoints need the same. Always fp32, also under autocast.
+    """
+
+    def __init__(self, hidden_size, frequencies=128):
+        super().__init__()
+        first, second = nn.Linear(2 * frequencies, hidden_size), nn.Linear(hidden_size, hidden_size)
+        self.mlp = nn.Sequential(first, nn.SiLU(), second)
+        omega = torch.exp(-math.log(10000.0) * torch.arange(frequencies, dtype=torch.float32) / frequencies)
+        self.register_buffer("omega", omega, persistent=False)
+
+    def forward(self, t):                                                         # (N,)
+        with torch.autocast(t.device.type, enabled=False):
+            angles = t.float()[:, None] * self.omega                              # (N, 128)
+            return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))       # (N, D)
+
+
+class LabelEmbedder(nn.Module):
+    """Class label -> row of a table; the last row, `num_classes`, is the null class of classifier-free guidance."""
+
+    def __init__(self, num_classes, hidden_size, dropout_prob):
+        super().__init__()
+        self.num_classes, self.dropout_prob = num_classes, dropout_prob
+        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
+
+    def forward(self, y, drop=None):
+        """`drop` [N] bool: which labels become null. None: drawn here while training, none dropped in eval mode."""
+        if drop is None and self.training and self.dropout_prob > 0:
+            drop = torch.rand(y.shape, device=y.device) < self.dropout_prob
+        if drop is not None and self.dropout_prob > 0:
+            y = torch.where(drop, self.num_classes, y)
+        return self.embedding_table(y)                                            # (N, D)
+
+
+class DiTBlock(nn.Module):
+    """Transformer block with adaLN-Zero conditioning: shift, scale and gate of both branches come from c."""
+
+    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0, qk_norm=False):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=nn.LayerNorm)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x, c):                                                      # (N, T, D), (N, D)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
+        x = x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        return x
+
+
+class FinalLayer(nn.Module):
+    """Modulated LayerNorm and the linear map from a token to the C values of each of its P x P positions."""
+
+    def __init__(self, hidden_size, patch_size, out_channels):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))            # (N, T, P*P*C)
+
+
+class DiT(nn.Module):
+    """Diffusion transformer with adaLN-Zero blocks. Keyword arguments are the official ones.
+
+    Predicts as many channels as it reads: the velocity of flow matching needs no variance channels (as in REPA; the
+    official DiT and SiT train twice as many).
+    """
+
+    def __init__(
+        self,
+        input_size=32,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=1152,
+        depth=28,
+        num_heads=16,
+        mlp_ratio=4.0,
+        num_classes=1000,
+        class_dropout_prob=0.1,
+        qk_norm=False,
+    ):
+        """`input_size`: side of the latent. ValueError if the sizes do not divide."""
+        super().__init__()
+        if input_size % patch_size:
+            raise ValueError(f"latents of side {input_size} do not divide into patches of {patch_size}")
+        if hidden_size % num_heads or hidden_size % 4:
+            raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads} and of 4")
+        self.patch_size, self.in_channels, self.num_classes = patch_size, in_channels, num_classes
+        self.grid = input_size // patch_size
+
+        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.grid**2, hidden_size), requires_grad=False)
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
+        self.initialize_weights()
+
+    def initialize_weights(self):
+        """Xavier everywhere, small normal embeddings, and zeros where adaLN-Zero wants them: the first output is 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        patch = self.x_embedder.proj
+        nn.init.xavier_uniform_(patch.weight.view(patch.out_channels, -1))
+        nn.init.zeros_(patch.bias)
+        self.pos_embed.data.copy_(torch.from_numpy(sincos_positions(self.grid, self.pos_embed.shape[-1])))
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for layer in (*self.blocks, self.final_layer):
+            nn.init.zeros_(layer.adaLN_modulation[-1].weight)
+            nn.init.zeros_(layer.adaLN_modulation[-1].bias)
+        nn.init.zeros_(self.final_layer.linear.weight)
+        nn.init.zeros_(self.final_layer.linear.bias)
+
+    def unpatchify(self, x):                                                      # (N, T, P*P*C)
+        G, P, C = self.grid, self.patch_size, self.in_channels
+        x = x.reshape(-1, G, G, P, P, C).permute(0, 5, 1, 3, 2, 4)                # (N, C, G, P, G, P)
+        return x.reshape(-1, C, G * P, G * P)                                     # (N, C, H, W)
+
+    def run_blocks(self, x, c, after=()):
+        """All blocks in order. Returns the tokens and the list of those that left the 1-based blocks `after`."""
+        taps = []
+        for i, block in enumerate(self.blocks, start=1):
+            x = block(x, c)                                                       # (N, T, D)
+            if i in after:
+                taps.append(x)
+        return x, taps
+
+    def forward(self, x, t, y, drop=None, after=None):
+        """Velocity of the noisy latents x [N, C, H, W] at times t [N] (0 data, 1 noise) for the classes y [N].
+
+        drop [N] bool: labels replaced by the null class (default: drawn in training mode, see LabelEmbedder).
+        after: 1-based block numbers; then the result is (velocity, list of their output tokens [N, T, D]).
+        """
+        c = self.t_embedder(t) + self.y_embedder(y, drop)                         # (N, D)
+        x = self.x_embedder(x) + self.pos_embed                                   # (N, T, D)
+        x, taps = self.run_blocks(x, c, after or ())
+        x = self.unpatchify(self.final_layer(x, c))                               # (N, C, H, W)
+        return x if after is None else (x, taps)
+
+
+ARCHITECTURES = {"DiT": DiT}
+
+
+def parse_model(name):
+    """Keyword arguments of `--model SIZE/PATCH`, e.g. "XL/2". ValueError if it does not read so."""
+    size, _, patch = name.partition("/")
+    if size not in SIZES or not patch.isdecimal() or int(patch) == 0:
+        raise ValueError(f"--model {name!r}: expected SIZE/PATCH with SIZE one of {', '.join(SIZES)}, for example XL/2")
+    depth, hidden_size, num_heads = SIZES[size]
+    return dict(patch_size=int(patch), hidden_size=hidden_size, depth=depth, num_heads=num_heads)
+
+
+def build(config):
+    """The model of a checkpoint's `config`: {"arch": name of a class of this file, and its keyword arguments}.
+
+    ValueError for an unknown architecture, TypeError for an unknown keyword.
+    """
+    config = dict(config)
+    arch = config.pop("arch")
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {arch!r}; this version knows {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[arch](**config)

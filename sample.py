@@ -1,0 +1,342 @@
+"""Checkpoint -> images: samplers, guidance, and an ADM .npz for `fid.py` or a PNG grid to look at.
+
+    python sample.py runs/digits/last.pt --num 100 --labels balanced --grid digits.png
+    torchrun --nproc_per_node=8 sample.py runs/repa/last.pt --num-images 50000 --sampler sde --steps 250 \\
+        --cfg 1.8 --interval 0 0.7 --out samples.npz
+
+Image i depends on (seed, i) alone: not on the batch size, the number of processes, or what was drawn before it. The
+images go to disk as they are made; a run that was killed continues with the same command.
+
+    flow matching   x_t = (1 - t) x + t eps, t = 0 data, t = 1 noise; the model predicts v = eps - x  (arXiv 2410.06940)
+      ode, heun     dx/dt = v
+      sde           dx = (v - t s) dt + sqrt(2t) dw, score s = -((1 - t) v + x) / t                   (arXiv 2401.08740)
+
+Shapes in the right margin: N batch, C, H, W latent channels, height, width.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.lib.format import open_memmap
+from PIL import Image
+from tqdm import tqdm
+
+import dit
+from extract_features import ArrayFile, load_autoencoder
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Samplers: pure functions of a model, a start and a schedule; model(x, t) with a number t; the state is float64
+
+
+def ode_times(steps):
+    """1 = noise to 0 = data in equal steps: float64 [steps + 1]."""
+    return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+
+
+def sde_times(steps, last=0.04):
+    """REPA's grid: `steps` points from 1 to `last`, then 0: float64 [steps + 1]."""
+    return torch.cat([torch.linspace(1, last, steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
+
+
+def flow_ode(model, x, times, heun=False):
+    """Probability-flow ODE dx/dt = v(x, t) along `times` (see ode_times) from noise x [N, C, H, W]: Euler or Heun.
+
+    model(x, t) -> v. Heun corrects every step but the last. Returns float64 [N, C, H, W].
+    """
+    x = x.double()
+    for t, t_next in pairwise(times.tolist()):
+        v = model(x, t).double()                                                  # (N, C, H, W)
+        if heun and t_next > 0:
+            v = (v + model(x + (t_next - t) * v, t_next).double()) / 2
+        x = x + (t_next - t) * v
+    return x
+
+
+def flow_sde(model, x, times, noise):
+    """Reverse SDE by Euler-Maruyama along `times` (see sde_times) from noise x [N, C, H, W]; last step deterministic.
+
+    model(x, t) -> v; noise() -> N(0, 1) like x. The diffusion coefficient is w_t = 2t as in REPA's code, whose paper
+    says w_t = t in SiT's convention, where the noise is sqrt(2 w_t): the same sampler. Returns float64 [N, C, H, W].
+    """
+    x = x.double()
+    for t, t_next in pairwise(times.tolist()):
+        drift = (2 - t) * model(x, t).double() + x                                # v - t s, free of the division by t
+        x = x + (t_next - t) * drift
+        if t_next > 0:
+            x = x + math.sqrt(2 * t * (t - t_next)) * noise()
+    return x
+
+
+def guided(model, y, scale=1.0, interval=(0.0, 1.0), guide=None):
+    """model(x, t, y) -> a function of (x, t): guidance on all channels at the noise levels of the inclusive interval.
+
+    Classifier-free: v = v(null) + scale (v(y) - v(null)); with a second network `guide`: v = g(y) + scale (v(y) - g(y))
+    (autoguidance, arXiv 2406.02507). Outside the interval, or with scale <= 1, there is no second pass.
+    official code: DiT and SiT guide only three of the four channels (DiT#41) / here: all, as in REPA.
+    official code: Heun's second evaluation is guided if the step's start is / here: if its own t is in the interval.
+    """
+
+    def velocity(x, t):
+        x, times = x.float(), torch.full((len(x),), t, device=x.device)
+        if scale <= 1 or not interval[0] <= t <= interval[1]:
+            return model(x, times, y)
+        if guide is None:
+            null = torch.full_like(y, model.num_classes)
+            v, v_weak = model(torch.cat([x, x]), torch.cat([times, times]), torch.cat([y, null])).chunk(2)
+        else:
+            v, v_weak = model(x, times, y), guide(x, times, y)
+        return v_weak + scale * (v - v_weak)
+
+    return velocity
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From a checkpoint to images
+
+
+def read_checkpoint(path):
+    """The dict of a checkpoint of the training scripts, on the CPU. ValueError if the file is missing or foreign."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such checkpoint") from None
+    except Exception as error:  # whatever the reader meets in a foreign or damaged file
+        raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from None
+    if not isinstance(checkpoint, dict) or not {"model", "ema", "config", "data", "step"} <= checkpoint.keys():
+        raise ValueError(f"{path}: not a checkpoint of these training scripts")
+    return checkpoint
+
+
+def load_model(path, weights="ema", device="cpu"):
+    """The model of a checkpoint, in eval mode, and the checkpoint. ValueError if the file does not hold one."""
+    checkpoint = read_checkpoint(path)
+    model = dit.build(checkpoint["config"])
+    model.load_state_dict(checkpoint[weights])
+    return model.to(device).eval(), checkpoint
+
+
+def image_generators(seed, indices):
+    """One generator per image, seeded by (seed, index)."""
+    states = [np.random.SeedSequence([seed, int(i)]).generate_state(1, np.uint64)[0] for i in indices]
+    return [torch.Generator().manual_seed(int(state)) for state in states]
+
+
+def choose_labels(labels, indices, num_classes, seed):
+    """Class of each image index: int64 [n]. "random", "balanced" (index modulo classes) or a list, repeated in turn."""
+    if labels == "random":
+        # a stream of its own: the noise of image i is the same whatever its label
+        draws = [np.random.default_rng([seed, int(i), 1]).integers(num_classes) for i in indices]
+        return torch.tensor(draws, dtype=torch.int64)
+    choices = range(num_classes) if labels == "balanced" else labels
+    return torch.tensor([choices[int(i) % len(choices)] for i in indices])
+
+
+@torch.no_grad()
+def generate(model, indices, y, sampler="ode", steps=50, seed=0, cfg=1.0, interval=(0.0, 1.0), guide=None):
+    """Latents float64 [N, C, H, W] of the images `indices` with classes y [N], on the model's device."""
+    device = model.pos_embed.device
+    generators = image_generators(seed, indices)
+    side = model.grid * model.patch_size
+
+    def noise():
+        rows = [torch.randn(model.in_channels, side, side, generator=generator) for generator in generators]
+        return torch.stack(rows).to(device)                                       # (N, C, H, W)
+
+    velocity = guided(model, y.to(device), cfg, interval, guide)
+    if sampler == "sde":
+        return flow_sde(velocity, noise(), sde_times(steps), noise)
+    return flow_ode(velocity, noise(), ode_times(steps), heun=sampler == "heun")
+
+
+def decode(latents, autoencoder, data):
+    """Latents as the model sees them -> uint8 images [N, H, W, 3], rounded.
+
+    official code: REPA and ADM truncate 255 (x + 1) / 2, half a level darker / here: rounded, as in DiT and SiT.
+    """
+    images = autoencoder.decode((latents / data["latent_scale"] + data["latent_shift"]).float())
+    return (images.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def save_grid(images, path, columns):
+    """uint8 [n, H, W, 3] -> a picture with `columns` images per row, small ones enlarged to at least 48 pixels."""
+    zoom = max(1, -(-48 // images.shape[1]))
+    images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    rows = -(-len(images) // columns)
+    padding = np.zeros((rows * columns - len(images), *images.shape[1:]), np.uint8)
+    h, w = images.shape[1:3]
+    grid = np.concatenate([images, padding]).reshape(rows, columns, h, w, 3).swapaxes(1, 2).reshape(rows * h, -1, 3)
+    Image.fromarray(grid).save(path)
+
+
+def preview(model, data, autoencoder, path, seed=0, columns=10):
+    """The picture that training scripts draw of their EMA: one class per column, 50 Euler steps, no guidance."""
+    num_classes = len(data["classes"])
+    columns = min(columns, num_classes) if num_classes > 1 else columns
+    classes = np.linspace(0, num_classes - 1, columns).astype(int).tolist()
+    indices = range(4 * columns)
+    latents = generate(model, indices, choose_labels(classes, indices, num_classes, seed), seed=seed)
+    save_grid(decode(latents, autoencoder, data), path, columns)
+
+
+def file_hash(path):
+    """First 16 hexadecimal digits of a file's SHA-256."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="last.pt or STEP.pt of a run")
+    # torchrun before Python 3.12.7 takes --num for an ambiguous option of its own; it leaves --num-images alone
+    parser.add_argument("--num", "--num-images", type=int, default=100, help="number of images")
+    parser.add_argument("--out", help="ADM .npz: arr_0 uint8 [N, H, W, 3], arr_1 labels, protocol")
+    parser.add_argument("--grid", help="PNG with all images; one column per class where labels are balanced")
+    parser.add_argument("--labels", default="random", help="random, balanced, or class indices such as 207,360")
+    parser.add_argument("--sampler", choices=["ode", "heun", "sde"], default="ode", help="ode: Euler; papers use sde")
+    parser.add_argument("--steps", type=int, default=50, help="sampling steps; papers use 250 with sde")
+    parser.add_argument("--cfg", type=float, default=1.0, help="guidance scale w; no guidance at 1")
+    parser.add_argument("--interval", type=float, nargs=2, default=[0.0, 1.0], help="times at which to guide")
+    parser.add_argument("--guide", help="checkpoint of a weaker model: autoguidance instead of the null class")
+    parser.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged or raw weights")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=64, help="images at once, per process")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the network, not the state")
+    args = parser.parse_args(argv)
+    if not (args.out or args.grid):
+        parser.error("nothing to write: give --out samples.npz, --grid grid.png, or both")
+    if min(args.num, args.steps, args.batch_size) < 1:
+        parser.error("--num, --steps and --batch-size must be at least 1")
+    if args.out and not args.out.endswith(".npz"):
+        parser.error(f"--out {args.out}: must end in .npz")
+    if args.labels not in ("random", "balanced"):
+        try:
+            args.labels = [int(label) for label in args.labels.split(",")]
+        except ValueError:
+            parser.error(f"--labels {args.labels}: expected random, balanced or class indices such as 207,360")
+    return args
+
+
+def start_images(folder, protocol, size, out):
+    """Create the folder of images under way, or check that the one there belongs to the same command (ValueError)."""
+    if (folder / "done.npy").exists():
+        found = json.loads((folder / "protocol.json").read_text())
+        different = [key for key in protocol if found.get(key) != protocol[key]]
+        if different:
+            key = different[0]
+            here = f"{key} {found.get(key)!r} there, {protocol[key]!r} here"
+            raise ValueError(f"{folder} holds images of another command: {here}; finish it or delete the folder")
+        return
+    need = protocol["count"] * size * size * 3
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if need * (1 + bool(out)) > free:
+        twice = "twice " * bool(out)
+        raise ValueError(f"{folder.parent}: the images need {twice}{need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+    folder.mkdir(exist_ok=True)
+    (folder / "protocol.json").write_text(json.dumps(protocol))
+    open_memmap(folder / "images.npy", mode="w+", shape=(protocol["count"], size, size, 3), dtype=np.uint8)
+    open_memmap(folder / "done.npy", mode="w+", shape=(protocol["count"],), dtype=np.uint8)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    torch.set_float32_matmul_precision("high")  # TF32 on the GPUs that have it
+    if world > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=1))  # nothing but barriers, and ranks may be uneven
+    target = Path(args.out or args.grid)
+    folder = target.with_name(target.name + ".partial")
+    try:
+        model, checkpoint = load_model(args.checkpoint, args.weights, device)
+        guide = load_model(args.guide, args.weights, device)[0] if args.guide else None
+        data, num_classes = checkpoint["data"], len(checkpoint["data"]["classes"])
+        if isinstance(args.labels, list) and not all(0 <= label < num_classes for label in args.labels):
+            raise ValueError(f"--labels {args.labels}: the model knows classes 0 to {num_classes - 1}")
+        if args.cfg > 1 and not guide and not model.y_embedder.dropout_prob:
+            raise ValueError(f"--cfg {args.cfg}: the model was trained without label dropout and has no null class")
+        if args.out and target.exists():
+            raise ValueError(f"--out {args.out} exists; delete it or choose another name")
+        autoencoder = load_autoencoder(data["vae"])
+        protocol = dict(
+            sampler=args.sampler,
+            steps=args.steps,
+            cfg=args.cfg,
+            interval=args.interval,
+            guide=file_hash(args.guide) if args.guide else None,
+            labels=args.labels,
+            seed=args.seed,
+            count=args.num,
+            weights=args.weights,
+            ema=checkpoint["args"]["ema"],
+            checkpoint=file_hash(args.checkpoint),
+            train_step=checkpoint["step"],
+            vae=data["vae"],
+            image_size=data["image_size"],
+            precision=args.precision,
+            rounding="nearest",
+        )
+        if rank == 0:
+            start_images(folder, protocol, data["image_size"], args.out)
+    except (ValueError, OSError) as error:
+        sys.exit(f"sample.py: {error}")
+    if world > 1:
+        dist.barrier()
+
+    done = np.load(folder / "done.npy", mmap_mode="r")
+    todo = np.flatnonzero(done == 0)
+    batches = [todo[i : i + args.batch_size] for i in range(0, len(todo), args.batch_size)][rank::world]
+    if world > 1:
+        dist.barrier()  # every rank has read the same `done` before any writes to it
+    images, flags = ArrayFile(folder / "images.npy"), ArrayFile(folder / "done.npy")
+    bar = tqdm(total=args.num, initial=int(done.sum()), unit="img", disable=rank > 0)
+    for indices in batches:
+        y = choose_labels(args.labels, indices, num_classes, args.seed)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            latents = generate(model, indices, y, args.sampler, args.steps, args.seed, args.cfg, args.interval, guide)
+        pixels = decode(latents, autoencoder, data)
+        for run in np.split(np.arange(len(indices)), np.flatnonzero(np.diff(indices) > 1) + 1):
+            images.write(indices[run[0]], pixels[run])
+            flags.write(indices[run[0]], np.ones(len(run)))
+        bar.update(int(done.sum()) - bar.n)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank > 0:
+        return
+
+    bar.close()
+    pixels = np.load(folder / "images.npy", mmap_mode="r")
+    labels = choose_labels(args.labels, range(args.num), num_classes, args.seed).numpy()
+    if args.grid:
+        by_class = args.labels == "balanced" and num_classes <= 20
+        save_grid(pixels, args.grid, columns=num_classes if by_class else math.isqrt(args.num))
+    if args.out:
+        temporary = folder / "samples.npz"
+        np.savez(temporary, arr_0=pixels, arr_1=labels, protocol=np.array(json.dumps(protocol)))
+        os.replace(temporary, args.out)
+    shutil.rmtree(folder)
+    print(", ".join(f"{key} {value}" for key, value in protocol.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""extract_features.py: sources, the ADM crop, HOG, the cache on disk and its reader."""
+
+import json
+import math
+import signal
+import zipfile
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+from conftest import run
+from PIL import Image
+
+import extract_features as ef
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes, three pictures each, in mixed formats and modes."""
+    rng = np.random.default_rng(1)
+    for label, name in enumerate(("cat", "dog")):
+        (tmp_path / "src" / name).mkdir(parents=True)
+        for i, (suffix, mode) in enumerate([("png", "RGB"), ("jpg", "L"), ("webp", "RGB")]):
+            pixels = rng.integers(0, 256, (20 + i, 30 + label, 3), dtype=np.uint8)
+            Image.fromarray(pixels).convert(mode).save(tmp_path / "src" / name / f"{i}.{suffix}")
+    return tmp_path / "src"
+
+
+def extract(data, out, *options):
+    base = ["--data", data, "--out", out, "--image-size", 8, "--patch", 2, "--vae", "none", "--encoder", "hog"]
+    ef.main([str(option) for option in (*base, "--workers", 0, *options)])
+
+
+def contents(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+# --- images
+
+
+def test_folder_zip_and_npz_give_the_same_images(folder, tmp_path):
+    with zipfile.ZipFile(tmp_path / "src.zip", "w") as archive:
+        for path in sorted(folder.rglob("*.*"), reverse=True):
+            archive.write(path, path.relative_to(folder))
+    from_folder, from_zip = ef.Images(folder), ef.Images(tmp_path / "src.zip")
+    assert from_folder.classes == from_zip.classes == ["cat", "dog"]
+    assert from_folder.labels.tolist() == from_zip.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    for i, path in enumerate(sorted(folder.rglob("*.*"))):
+        expected = np.asarray(Image.open(path).convert("RGB"))
+        assert np.array_equal(from_folder[i], expected) and np.array_equal(from_zip[i], expected)
+    pixels = np.stack([np.asarray(ef.center_crop(from_folder[i], 8)) for i in range(6)])
+    np.savez(tmp_path / "src.npz", arr_0=pixels, arr_1=from_folder.labels)
+    from_npz = ef.Images(tmp_path / "src.npz")
+    assert np.array_equal(from_npz[4], pixels[4]) and from_npz.labels.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("width, height", [(8, 8), (8, 31), (97, 64), (33, 17), (250, 16), (11, 9)])
+def test_center_crop_is_adm(width, height):
+    """Written out again: box halving, bicubic scaling, centre offsets by integer division."""
+    image = Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    w, h, expected = width, height, image
+    while min(w, h) >= 16:
+        w, h = w // 2, h // 2
+        expected = expected.resize((w, h), Image.BOX)
+    w, h = (8, round(h * 8 / w)) if w < h else (round(w * 8 / h), 8)
+    expected = np.asarray(expected.resize((w, h), Image.BICUBIC))
+    y, x = (h - 8) // 2, (w - 8) // 2
+    assert np.array_equal(np.asarray(ef.center_crop(image, 8)), expected[y : y + 8, x : x + 8])
+
+
+def test_unusable_sources(folder, tmp_path, monkeypatch):
+    def complain(data):
+        with pytest.raises(SystemExit) as error:
+            extract(data, tmp_path / "out")
+        assert "\n" not in str(error.value) and not (tmp_path / "out" / "meta.json").exists()
+        return str(error.value)
+
+    assert "no such file" in complain(tmp_path / "nowhere")
+    (folder / "empty").mkdir()
+    assert "class folder 'empty' holds no image" in complain(folder)
+    (folder / "empty" / "loose.txt").write_text("no image")
+    assert "class folder 'empty' holds no image" in complain(folder)
+    (folder / "top.png").write_bytes(b"")
+    assert "top.png lies outside" in complain(folder)
+    (tmp_path / "text.zip").write_text("no zip")
+    assert "expected a folder" in complain(tmp_path / "text.zip")
+    np.savez(tmp_path / "float.npz", arr_0=np.zeros((4, 8, 8, 3)), arr_1=np.zeros(4, int))
+    found = complain(tmp_path / "float.npz")
+    assert "arr_0 must be uint8 [N, H, W, 3] with N > 0, found float64 [4, 8, 8, 3]" in found
+    np.savez(tmp_path / "object.npz", arr_0=np.array([{}], dtype=object))
+    assert "not an ADM .npz" in complain(tmp_path / "object.npz")
+    np.savez(tmp_path / "good.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8), arr_1=np.zeros(4, int))
+    usage = namedtuple("usage", "total used free")(1, 1, 100)
+    monkeypatch.setattr(ef.shutil, "disk_usage", lambda path: usage)
+    assert "0.0 GB are free" in complain(tmp_path / "good.npz")
+
+
+def test_unreadable_image_is_named(folder, tmp_path):
+    (folder / "dog" / "1.jpg").write_bytes(b"not a picture")
+    for workers in ("0", "1"):
+        with pytest.raises(SystemExit, match="dog/1.jpg"):
+            extract(folder, tmp_path / f"out{workers}", "--workers", workers)
+
+
+def test_size_must_divide(small_npz, tmp_path):
+    with pytest.raises(SystemExit, match="multiple of downsampling x --patch = 3"):
+        extract(small_npz, tmp_path / "out", "--patch", 3)
+    with pytest.raises(SystemExit, match="unknown encoder"):
+        extract(small_npz, tmp_path / "out", "--encoder", "resnet")
+
+
+# --- HOG
+
+
+def test_hog_against_a_slow_loop():
+    """Votes of every pixel, one at a time, for a 12 x 12 picture in cells of 3 x 3."""
+    images = torch.randint(0, 256, (2, 3, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    grid, cell, bins = 4, 3, 9
+    for image, result in zip(images, ef.HOG(grid)(images), strict=True):
+        grey = image.double().mean(0) / 255
+
+        def at(y, x, grey=grey):
+            return grey[min(max(y, 0), 11), min(max(x, 0), 11)].item()
+
+        cells = np.zeros((grid, grid, bins))
+        for y in range(12):
+            for x in range(12):
+                dx, dy = (at(y, x + 1) - at(y, x - 1)) / 2, (at(y + 1, x) - at(y - 1, x)) / 2
+                position = (math.atan2(dy, dx) % math.pi) / math.pi * bins
+                low, share = int(position), position - int(position)
+                cells[y // cell, x // cell, low % bins] += math.hypot(dx, dy) * (1 - share) / cell**2
+                cells[y // cell, x // cell, (low + 1) % bins] += math.hypot(dx, dy) * share / cell**2
+        padded = np.pad(cells, ((1, 1), (1, 1), (0, 0)), mode="edge")
+        for row in range(grid):
+            for column in range(grid):
+                block = padded[row : row + 3, column : column + 3].transpose(2, 0, 1).ravel()
+                vector = np.append(block, ef.HOG.floor)
+                expected = vector / np.linalg.norm(vector)
+                np.testing.assert_allclose(result[row * grid + column], expected, atol=1e-5)
+
+
+def test_hog_of_a_flat_image_is_no_zero_vector():
+    targets = ef.HOG(2)(torch.full((1, 3, 8, 8), 7, dtype=torch.uint8))
+    assert torch.allclose(targets.norm(dim=-1), torch.ones(1, 4))
+
+
+# --- cache
+
+
+def test_cache_contents(cache, small_npz):
+    """Latents are pixels, the second view is the mirror image with its own targets, control says what part is seen."""
+    features = ef.CachedFeatures(cache)
+    assert len(features) == 192 and features.meta["views"] == 2 and features.meta["classes"] == ["0", "1", "2"]
+    indices = [7, 0, 191, 7, 64]
+    batch = features.__getitems__(indices)
+    source = ef.Images(small_npz)
+    for row, index in enumerate(indices):
+        crop = np.asarray(ef.center_crop(source[index // 2], 8)).transpose(2, 0, 1)
+        crop = (crop[:, :, ::-1] if index % 2 else crop).copy()
+        np.testing.assert_allclose(batch["moments"][row, :3], crop / 127.5 - 1, atol=2**-11)
+        assert (batch["moments"][row, 3:] == 0).all()
+        assert batch["labels"][row] == source.labels[index // 2]
+        assert batch["control"][row].tolist() == [8, 12, 0, 2, 8, 8, index % 2]
+        expected = ef.HOG(4)(torch.from_numpy(crop)[None])[0]
+        np.testing.assert_allclose(batch["targets"][row], expected, atol=1e-3)
+    assert batch["moments"].dtype == batch["targets"].dtype == np.float16
+
+
+def test_int8_targets_keep_the_direction(small_npz, cache, tmp_path):
+    extract(small_npz, tmp_path / "int8", "--target-dtype", "int8", "--flip")
+    whole = torch.from_numpy(ef.CachedFeatures(cache).__getitems__(range(192))["targets"]).float()
+    small = torch.from_numpy(ef.CachedFeatures(tmp_path / "int8").__getitems__(range(192))["targets"])
+    assert small.dtype == torch.int8
+    assert torch.nn.functional.cosine_similarity(whole, small.float(), dim=-1).min() > 0.9995
+
+
+def test_cache_does_not_depend_on_ranks_or_a_kill(small_npz, tmp_path):
+    """Written by one process, by two, by one that is killed halfway and then two: the same bytes."""
+    command = ["extract_features.py", "--data", small_npz, "--image-size", 8, "--patch", 1, "--vae", "none"]
+    command += ["--encoder", "hog", "--batch-size", 8, "--workers", 0, "--out"]
+    extract(small_npz, tmp_path / "one", "--patch", 1, "--batch-size", 8)
+    run(*command, tmp_path / "two", processes=2)
+    killer = """
+import os, signal, sys
+import extract_features as ef
+write, calls = ef.ArrayFile.write, []
+def write_and_die(self, *args):
+    calls.append(write(self, *args))
+    if len(calls) == 17:
+        os.kill(os.getpid(), signal.SIGKILL)
+ef.ArrayFile.write = write_and_die
+ef.main(sys.argv[2:])
+"""
+    killed = run("-c", killer, *command, tmp_path / "three", check=False)
+    assert killed.returncode == -signal.SIGKILL
+    with pytest.raises(ValueError, match="incomplete; run the same"):
+        ef.CachedFeatures(tmp_path / "three")
+    done = np.load(tmp_path / "three" / "progress.npy")
+    assert 0 < done.sum() < len(done)
+    run(*command, tmp_path / "three", processes=2)
+    one = contents(tmp_path / "one")
+    assert set(one) == {"meta.json", "moments.npy", "labels.npy", "control.npy", "targets.npy"}
+    assert contents(tmp_path / "two") == one and contents(tmp_path / "three") == one
+
+
+def test_existing_output(small_npz, tmp_path, capsys):
+    extract(small_npz, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    extract(small_npz, tmp_path / "out")
+    with pytest.raises(SystemExit, match="holds another cache: views is 1 there, 2 here"):
+        extract(small_npz, tmp_path / "out", "--flip")
+    assert contents(tmp_path / "out") == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(SystemExit, match="no feature cache"):
+        extract(small_npz, tmp_path / "mine")
+    assert contents(tmp_path / "mine") == {"thesis.txt": b"precious"}
+
+
+def test_reader_refuses(small_npz, tmp_path):
+    with pytest.raises(ValueError, match="no feature cache there"):
+        ef.CachedFeatures(tmp_path)
+    extract(small_npz, tmp_path / "out", "--encoder", "none")
+    assert "targets" not in ef.CachedFeatures(tmp_path / "out", targets=False).__getitems__([0])
+    with pytest.raises(ValueError, match="no targets; extract it with an --encoder"):
+        ef.CachedFeatures(tmp_path / "out")
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    (tmp_path / "out" / "meta.json").write_text(json.dumps(meta | {"format_version": 0}))
+    with pytest.raises(ValueError, match="cache format 0, this version reads 1"):
+        ef.CachedFeatures(tmp_path / "out", targets=False)
+    (tmp_path / "out" / "meta.json").write_text(json.dumps(meta | {"count": 95}))
+    np.save(tmp_path / "out" / "labels.npy", np.zeros(3, np.int64))
+    with pytest.raises(ValueError, match="labels.npy: shape"):
+        ef.CachedFeatures(tmp_path / "out", targets=False)

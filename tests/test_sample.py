@@ -1,0 +1,250 @@
+"""sample.py: samplers against closed forms, guidance, per-image noise, and the files it writes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import run
+from PIL import Image
+
+import dit
+import sample
+from extract_features import CachedFeatures
+
+
+@pytest.fixture(scope="module")
+def checkpoint(cache, tmp_path_factory):
+    """A random model for the small cache, saved as a training script saves it."""
+    torch.manual_seed(0)
+    config = dict(arch="DiT", input_size=8, in_channels=3, num_classes=3, **dit.parse_model("nano/2") | {"depth": 2})
+    model = dit.build(config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    path = tmp_path_factory.mktemp("run") / "last.pt"
+    raw = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
+    meta = CachedFeatures(cache).meta
+    content = dict(model=raw, ema=model.state_dict(), heads={}, opt={}, step=7, args={"ema": 0.99}, config=config)
+    torch.save(content | {"data": meta}, path)
+    return path
+
+
+# --- samplers
+
+
+def gaussian_velocity(mean, std):
+    """The exact v = E[eps - x | x_t] for data N(mean, std^2): x_t is Gaussian, so v is linear in it."""
+
+    def velocity(x, t):
+        variance = (1 - t) ** 2 * std**2 + t**2
+        residual = x - (1 - t) * mean
+        return t * residual / variance - (mean + (1 - t) * std**2 * residual / variance)
+
+    return velocity
+
+
+@pytest.mark.parametrize("sampler", ["ode", "heun", "sde"])
+def test_samplers_recover_a_gaussian(sampler):
+    torch.manual_seed(0)
+    start, velocity = torch.randn(200_000, 1, 1, 1), gaussian_velocity(0.7, 0.8)
+    if sampler == "sde":
+        x = sample.flow_sde(velocity, start, sample.sde_times(250), lambda: torch.randn(start.shape))
+    else:
+        x = sample.flow_ode(velocity, start, sample.ode_times(250 if sampler == "ode" else 40), heun=sampler == "heun")
+    assert x.dtype == torch.float64
+    assert x.mean().item() == pytest.approx(0.7, abs=0.004)
+    assert x.std().item() == pytest.approx(0.8, abs=0.008)
+
+
+def test_ode_order_of_convergence():
+    """Halving the step divides the error of Euler by 2 and of Heun by 4; the exact map is x -> mean + std x."""
+    start, velocity = torch.linspace(-2, 2, 9).double(), gaussian_velocity(0.5, 0.5)
+    for heun, order in ((False, 1), (True, 2)):
+        errors = []
+        for steps in (100, 200):
+            x = sample.flow_ode(velocity, start, sample.ode_times(steps), heun)
+            errors.append((x - (0.5 + 0.5 * start)).abs().max().item())
+        assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.15)
+
+
+def test_sde_is_the_general_form():
+    """One trajectory of x' = x + (v - t s) dt + sqrt(2 t |dt|) eps, with the score of the general path (SiT)."""
+    rng = np.random.default_rng(0)
+    steps, x = 250, rng.standard_normal(5)
+    noise = rng.standard_normal((steps - 1, 5))
+
+    def velocity(x, t):
+        return np.sin(3 * x) * (1 + t) - x
+
+    source = iter(torch.from_numpy(noise))
+
+    def model(x, t):
+        return torch.from_numpy(velocity(x.numpy(), t))
+
+    result = sample.flow_sde(model, torch.from_numpy(x), sample.sde_times(steps), lambda: next(source))
+    times = np.append(np.linspace(1, 0.04, steps), 0)
+    for i in range(steps):
+        t, dt, v = times[i], times[i + 1] - times[i], velocity(x, times[i])
+        alpha, sigma, d_alpha, d_sigma = 1 - t, t, -1, 1
+        score = (alpha / d_alpha * v - x) / (sigma**2 - alpha / d_alpha * d_sigma * sigma)
+        x = x + (v - t * score) * dt
+        if i < steps - 1:
+            x = x + np.sqrt(2 * t * -dt) * noise[i]
+    assert next(source, None) is None, "249 stochastic steps and a deterministic one"
+    np.testing.assert_allclose(result.numpy(), x, rtol=1e-11)
+
+
+# --- guidance
+
+
+class Recorder(torch.nn.Module):
+    """v = class index + t; counts rows and remembers times."""
+
+    num_classes = 3
+
+    def __init__(self, offset=0.0):
+        super().__init__()
+        self.offset, self.rows, self.times = offset, 0, []
+
+    def forward(self, x, t, y):
+        self.rows += len(x)
+        self.times.append(t[0].item())
+        return (y + t + self.offset).view(-1, 1, 1, 1).expand_as(x)
+
+
+def test_guidance_interval_counts():
+    """On [0, 0.7], 172 of the 250 steps of the SDE are guided: 422 rows instead of 250."""
+    model = Recorder()
+    velocity = sample.guided(model, torch.tensor([1]), scale=1.8, interval=(0, 0.7))
+    sample.flow_sde(velocity, torch.zeros(1, 4, 2, 2), sample.sde_times(250), lambda: torch.zeros(1, 4, 2, 2))
+    assert len(model.times) == 250 and model.rows == 250 + 172
+
+
+def test_guidance_formula():
+    model, guide, x = Recorder(), Recorder(offset=-0.5), torch.zeros(2, 4, 2, 2)
+    y = torch.tensor([0, 2])
+
+    def value(t, **options):
+        out = sample.guided(model, y, **options)(x, t)
+        assert (out == out[:, :1, :1, :1]).all(), "all channels are guided alike"
+        return out[:, 0, 0, 0].tolist()
+
+    assert value(0.5) == [0.5, 2.5]
+    assert value(0.5, scale=1.0) == [0.5, 2.5]
+    assert value(0.5, scale=3.0) == [3.5 + 3 * (0.5 - 3.5), 3.5 + 3 * (2.5 - 3.5)]  # null class: 3
+    assert value(0.5, scale=3.0, interval=(0.25, 0.5)) == value(0.5, scale=3.0), "the interval is inclusive"
+    assert value(0.75, scale=3.0, interval=(0.25, 0.5)) == [0.75, 2.75]
+    assert value(0.5, scale=2.0, guide=guide) == [0.0 + 2 * 0.5, 2.0 + 2 * 0.5]
+
+
+# --- images
+
+
+def test_image_noise_is_its_own():
+    def first(indices, seed=0):
+        return [torch.randn(3, generator=g).tolist() for g in sample.image_generators(seed, indices)]
+
+    assert first([4, 7]) == [first([4])[0], first([7])[0]]
+    assert first([4]) != first([5]) and first([4]) != first([4], seed=1)
+
+
+def test_labels():
+    def labels(kind, indices, seed=0):
+        return sample.choose_labels(kind, indices, 10, seed).tolist()
+
+    assert labels("balanced", range(12)) == [*range(10), 0, 1]
+    assert labels([3, 8], range(5)) == [3, 8, 3, 8, 3]
+    random = labels("random", range(4000))
+    assert [random[17], random[3]] == labels("random", [17, 3])
+    assert random != labels("random", range(4000), seed=1)
+    assert np.bincount(random).min() > 330 and np.bincount(random).max() < 470
+
+
+def test_decode_rounds():
+    class Identity:
+        def decode(self, latents):
+            return latents
+
+    x = torch.tensor([-2.0, -1.0, 0.0, 2 * 200.4 / 255 - 1, 2 * 200.6 / 255 - 1, 1.0, 3.0])
+    latents = (x.view(1, 1, 1, 7).expand(1, 3, 1, 7).double() - 0.25) * 0.5
+    images = sample.decode(latents, Identity(), {"latent_scale": 0.5, "latent_shift": 0.25})
+    assert images.shape == (1, 1, 7, 3) and images.dtype == np.uint8
+    assert images[0, 0, :, 0].tolist() == [0, 0, 128, 200, 201, 255, 255]
+
+
+def test_grid(tmp_path):
+    images = np.arange(5, dtype=np.uint8)[:, None, None, None].repeat(16, 1).repeat(16, 2).repeat(3, 3)
+    sample.save_grid(images, tmp_path / "grid.png", columns=3)
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert grid.shape == (96, 144, 3)
+    assert grid[24::48, 24::48, 0].tolist() == [[0, 1, 2], [3, 4, 0]]
+
+
+def load(path):
+    with np.load(path, allow_pickle=False) as file:
+        return file["arr_0"], file["arr_1"], json.loads(str(file["protocol"]))
+
+
+def test_image_i_is_the_same_for_any_batch_and_any_number_of_processes(checkpoint, tmp_path):
+    options = f"{checkpoint} --num-images 15 --sampler sde --steps 8 --cfg 1.5 --interval 0 0.7 --out".split()
+    for batch in (1, 7):
+        sample.main([*options, str(tmp_path / f"{batch}.npz"), "--batch-size", str(batch)])
+    run("sample.py", *options, tmp_path / "two.npz", "--batch-size", 4, processes=2)
+    pixels, labels, protocol = load(tmp_path / "1.npz")
+    assert pixels.shape == (15, 8, 8, 3) and pixels.dtype == np.uint8 and pixels.std() > 20
+    assert len({image.tobytes() for image in pixels}) == 15
+    for name in ("7", "two"):
+        others, other_labels, other_protocol = load(tmp_path / f"{name}.npz")
+        # other batch sizes round fp32 matrix products differently: at most the last bit of a pixel may move
+        assert np.abs(pixels.astype(int) - others).max() <= 1 and (pixels != others).mean() < 0.01
+        assert np.array_equal(labels, other_labels) and protocol == other_protocol
+    assert protocol["sampler"] == "sde" and protocol["interval"] == [0, 0.7] and protocol["train_step"] == 7
+    assert protocol["checkpoint"] == sample.file_hash(checkpoint)
+
+
+def test_killed_sampling_continues(checkpoint, tmp_path, monkeypatch):
+    options = [str(checkpoint), "--num", "9", "--steps", "2", "--batch-size", "2", "--labels", "balanced"]
+    sample.main([*options, "--out", str(tmp_path / "whole.npz"), "--grid", str(tmp_path / "grid.png")])
+    generate, calls = sample.generate, []
+
+    def generate_and_die(*args, **kwargs):
+        calls.append(args[1])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(sample, "generate", generate_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        sample.main([*options, "--out", str(tmp_path / "killed.npz")])
+    with pytest.raises(SystemExit, match="images of another command: seed 0 there, 1 here"):
+        sample.main([*options, "--out", str(tmp_path / "killed.npz"), "--seed", "1"])
+    sample.main([*options, "--out", str(tmp_path / "killed.npz")])
+    assert [list(indices) for indices in calls[3:]] == [[4, 5], [6, 7], [8]]
+    assert np.array_equal(load(tmp_path / "whole.npz")[0], load(tmp_path / "killed.npz")[0])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["grid.png", "killed.npz", "whole.npz"]
+    assert Image.open(tmp_path / "grid.png").size == (3 * 48, 3 * 48)
+
+
+def test_bad_input(checkpoint, tmp_path, capsys):
+    def complain(*options, out="out.npz"):
+        with pytest.raises(SystemExit) as error:
+            sample.main([*map(str, options), "--num", "4", "--steps", "1", "--out", str(tmp_path / out)])
+        assert error.value.code not in (0, None)
+        return str(error.value.code) + capsys.readouterr().err
+
+    assert "no such checkpoint" in complain(tmp_path / "nothing.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    assert "not a readable checkpoint" in complain(tmp_path / "text.pt")
+    torch.save({"state": torch.zeros(1)}, tmp_path / "foreign.pt")
+    assert "not a checkpoint of these training scripts" in complain(tmp_path / "foreign.pt")
+    assert "classes 0 to 2" in complain(checkpoint, "--labels", "2,3")
+    assert "expected random, balanced or class indices" in complain(checkpoint, "--labels", "cat")
+    assert "must be at least 1" in complain(checkpoint, "--batch-size", "0")
+    assert "must end in .npz" in complain(checkpoint, out="out.png")
+    (tmp_path / "there.npz").write_text("precious")
+    assert "exists" in complain(checkpoint, out="there.npz")
+    assert (tmp_path / "there.npz").read_text() == "precious"
+    with pytest.raises(SystemExit):
+        sample.main([str(checkpoint)])
+    assert "nothing to write" in capsys.readouterr().err

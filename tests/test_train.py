@@ -1,0 +1,304 @@
+"""The training scripts: losses against slow loops, and runs that resume, split and accumulate without a difference."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import run
+from PIL import Image
+
+import dit
+import sample
+import train_repa
+from extract_features import CachedFeatures
+
+SMALL = "--model nano/2 --steps 6 --batch-size 16 --lr 1e-3 --ema 0.9 --log-every 1 --save-every 3 --workers 0"
+
+
+@pytest.fixture(autouse=True)
+def tiny_nano(monkeypatch):
+    monkeypatch.setitem(dit.SIZES, "nano", (2, 32, 2))
+
+
+def train(cache, out, *options, script=train_repa):
+    script.main(["--data", str(cache), "--out", str(out), *SMALL.split(), *map(str, options)])
+    return torch.load(out / "last.pt", weights_only=True)
+
+
+def rows(out):
+    return [row for row in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "step" in row]
+
+
+def difference(a, b):
+    """Largest difference between the weights, averages, heads and optimiser states of two checkpoints."""
+    worst = 0.0
+    for part in ("model", "ema", "heads"):
+        assert a[part].keys() == b[part].keys()
+        worst = max([worst] + [(a[part][name] - b[part][name]).abs().max().item() for name in a[part]])
+    for i, state in a["opt"]["state"].items():
+        worst = max(worst, *[(state[name] - b["opt"]["state"][i][name]).abs().max().item() for name in state])
+    return worst
+
+
+# --- the loss
+
+
+def test_repa_loss_against_a_slow_loop():
+    torch.manual_seed(0)
+    projected = [torch.randn(3, 5, 7), torch.randn(3, 5, 4)]
+    targets = [torch.randn(3, 5, 7).half(), torch.randint(-127, 128, (3, 5, 4), dtype=torch.int8)]
+    total, terms = 0.0, 0
+    for p, z in zip(projected, targets, strict=True):
+        mean, count = 0.0, 0
+        for n in range(3):
+            for token in range(5):
+                u, v = p[n, token].tolist(), z[n, token].tolist()
+                mean -= sum(a * b for a, b in zip(u, v, strict=True)) / math.hypot(*u) / math.hypot(*v)
+                count += 1
+        total, terms = total + mean / count, terms + 1
+    assert train_repa.repa_loss(projected, targets).item() == pytest.approx(total / terms, abs=1e-6)
+
+
+def objective_for(cache, *options):
+    args = train_repa.parse_args(["--data", str(cache), "--model", "nano/2", *map(str, options)])
+    torch.manual_seed(0)
+    config = dict(arch="DiT", input_size=8, in_channels=3, num_classes=3, **dit.parse_model(args.model))
+    return train_repa.Objective(dit.build(config), args, CachedFeatures(cache).meta)
+
+
+def test_objective_is_the_equation(cache):
+    """Total = |v - (eps - x)|^2 + lambda L_repa at x_t = (1 - t) x + t eps, from the tokens of block d."""
+    torch.manual_seed(1)
+    objective = objective_for(cache, "--repa-weight", 0.3, "--repa-depth", 1)
+    for parameter in objective.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    x, eps, t = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.tensor([0.0, 0.3, 0.9, 1.0])
+    y, drop, targets = torch.tensor([0, 1, 2, 0]), torch.tensor([False, True, False, False]), torch.randn(4, 16, 82)
+    losses = objective(x, y, t, eps, drop, targets)
+    x_t = torch.stack([(1 - s) * a + s * b for a, b, s in zip(x, eps, t.tolist(), strict=True)])
+    null = torch.tensor([0, 3, 2, 0])
+    v, (tokens,) = objective.model.eval()(x_t, t, null, after=[1])
+    expected = ((v - (eps - x)) ** 2).mean()
+    assert losses["loss_fm"].item() == pytest.approx(expected.item(), rel=1e-5)
+    aligned = train_repa.repa_loss([objective.projectors[0](tokens)], [targets])
+    assert losses["loss_repa"].item() == pytest.approx(aligned.item(), rel=1e-4)
+    assert losses["loss"].item() == pytest.approx((expected + 0.3 * aligned).item(), rel=1e-4)
+
+
+def test_first_loss_is_the_mean_square_of_the_target(cache):
+    """The output is zero at initialisation, and the alignment reaches blocks 1 to d only."""
+    objective = objective_for(cache, "--repa-depth", 1)
+    x, eps = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
+    draws = dict(t=torch.rand(4), eps=eps, drop=torch.zeros(4, dtype=torch.bool))
+    losses = objective(x, torch.zeros(4, dtype=torch.int64), targets=torch.randn(4, 16, 82), **draws)
+    assert losses["loss_fm"].item() == pytest.approx(((eps - x) ** 2).mean().item(), rel=1e-6)
+    losses["loss_repa"].backward()
+    touched = [any(p.grad is not None for p in block.parameters()) for block in objective.model.blocks]
+    assert touched == [True, False] and all(p.grad is not None for p in objective.projectors.parameters())
+
+
+def test_projector_sizes():
+    """Parameter counts of REPA's three-layer projector (D -> 2048 -> 2048 -> z)."""
+    for width, target, count in ((384, 768, 6_558_464), (1152, 768, 8_131_328), (1152, 1536, 9_704_960)):
+        with torch.device("meta"):
+            head = train_repa.projector(width, target, 2048)
+        assert sum(p.numel() for p in head.parameters()) == count
+
+
+# --- data order and noise
+
+
+def test_micro_batches_cut_the_same_global_batches():
+    def batches(micro, world, steps, start=0):
+        accumulation = 12 // (micro * world)
+        streams = [train_repa.micro_batches(50, 2, 12, micro, accumulation, rank, 3, start) for rank in range(world)]
+        return [[i for s in streams for _ in range(accumulation) for i in next(s).tolist()] for _ in range(steps)]
+
+    whole = batches(12, 1, 9)
+    assert batches(6, 1, 9) == batches(3, 2, 9) == batches(2, 3, 9) == whole
+    assert batches(12, 1, 4, start=5) == whole[5:]
+    epoch = [i // 2 for step in whole[:4] for i in step]
+    assert len(set(epoch)) == 48, "an epoch shows every image at most once"
+    assert epoch != [i // 2 for step in whole[4:8] for i in step]
+    assert {i % 2 for i in whole[0]} == {0, 1}, "both views are drawn"
+
+
+# --- runs
+
+
+def test_run_and_resume(cache, tmp_path):
+    """Stopped after three steps and continued by the same command: every bit as if it had not stopped."""
+    whole = train(cache, tmp_path / "whole")
+    train(cache, tmp_path / "cut", "--steps", 3)
+    with open(tmp_path / "cut" / "log.jsonl", "a") as file:
+        file.write(json.dumps({"step": 5}) + '\n{"step": 6, "lo')  # rows after the last save, the last cut by a kill
+    cut = train(cache, tmp_path / "cut")
+    assert difference(whole, cut) == 0
+    clocks = ("img_per_s", "memory_gb")
+    timeless = [{k: v for k, v in row.items() if k not in clocks} for row in rows(tmp_path / "whole")]
+    assert timeless == [{k: v for k, v in row.items() if k not in clocks} for row in rows(tmp_path / "cut")]
+    assert [row["step"] for row in timeless] == [1, 2, 3, 4, 5, 6]
+    assert all(row["skipped"] == 0 and row["grad_norm"] > 0 for row in timeless)
+    picture = Image.open(tmp_path / "whole" / "samples-0000006.png")
+    assert picture.size == (3 * 48, 4 * 48)
+    first = json.loads((tmp_path / "whole" / "log.jsonl").read_text().splitlines()[0])
+    assert first["versions"]["torch"] == torch.__version__ and first["args"]["lr"] == 1e-3
+    # the checkpoint is enough to build and fill the model
+    dit.build(whole["config"]).load_state_dict(whole["ema"])
+
+
+def test_ema_is_the_recursion(cache, tmp_path):
+    """ema <- 0.9 ema + 0.1 weights after every step, from the initial weights."""
+    initial = objective_for(cache).model.state_dict()
+    options = ["--keep-every", 1, "--sample-every", 0]
+    train(cache, tmp_path / "run", *options)
+    for name in ("blocks.1.mlp.fc1.weight", "final_layer.linear.bias", "pos_embed"):
+        expected = initial[name].double()
+        for step in range(1, 7):
+            kept = torch.load(tmp_path / "run" / f"{step:07d}.pt", weights_only=True)
+            expected = 0.9 * expected + 0.1 * kept["model"][name]
+        torch.testing.assert_close(kept["ema"][name].double(), expected, rtol=0, atol=1e-7)
+
+
+def test_one_process_is_two_ranks_is_accumulation(cache, tmp_path):
+    one = train(cache, tmp_path / "one", "--sample-every", 0)
+    accumulated = train(cache, tmp_path / "accumulated", "--sample-every", 0, "--micro-batch", 4)
+    assert difference(one, accumulated) < 1e-5
+    # torchrun cannot be given a smaller nano: the same comparison at its full size
+    code = "import sys, dit, train_repa; dit.SIZES['nano'] = (2, 32, 2); train_repa.main(sys.argv[1:])"
+    script = tmp_path / "train_small.py"
+    script.write_text(code)
+    options = ["--data", cache, "--out", tmp_path / "two", "--sample-every", 0, "--micro-batch", 4, *SMALL.split()]
+    run(script, *options, processes=2, PYTHONPATH=".")
+    two = torch.load(tmp_path / "two" / "last.pt", weights_only=True)
+    assert difference(one, two) < 1e-5
+    for a, b, c in zip(rows(tmp_path / "one"), rows(tmp_path / "accumulated"), rows(tmp_path / "two"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5) == pytest.approx(c["loss"], abs=1e-5)
+
+
+def test_loss_falls(cache, tmp_path):
+    train(cache, tmp_path / "run", "--steps", 60, "--sample-every", 0)
+    losses = [row["loss_fm"] for row in rows(tmp_path / "run")]
+    assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:3])
+    aligned = [row["loss_repa"] for row in rows(tmp_path / "run")]
+    assert aligned[-1] < aligned[0] - 0.2
+
+
+def test_baseline_needs_no_targets(small_npz, cache, tmp_path, monkeypatch):
+    """--repa-weight 0 on a cache without targets: no projector, one loss, and the same run as on a cache with them."""
+    import extract_features
+
+    options = "--image-size 8 --patch 2 --vae none --encoder none --flip --batch-size 16 --workers 0"
+    extract_features.main(["--data", str(small_npz), "--out", str(tmp_path / "bare"), *options.split()])
+    monkeypatch.setattr(train_repa, "repa_loss", None)
+    with_targets = train(cache, tmp_path / "a", "--repa-weight", 0, "--sample-every", 0)
+    without = train(tmp_path / "bare", tmp_path / "b", "--repa-weight", 0, "--sample-every", 0)
+    assert difference(with_targets, without) == 0 and without["heads"] == {}
+    assert "loss_repa" not in rows(tmp_path / "b")[0]
+
+
+def test_non_finite_step_is_skipped_and_counted(cache, tmp_path, monkeypatch):
+    forward, calls = train_repa.Objective.forward, []
+
+    def poisoned(self, *args, **kwargs):
+        calls.append(self.model.pos_embed.shape)
+        losses = forward(self, *args, **kwargs)
+        bad = float("nan") if len(calls) in poison else 1.0
+        return {name: value * bad for name, value in losses.items()}
+
+    monkeypatch.setattr(train_repa.Objective, "forward", poisoned)
+    poison = {2}
+    checkpoint = train(cache, tmp_path / "one", "--log-every", 3, "--sample-every", 0)
+    logged = rows(tmp_path / "one")
+    assert [row["skipped"] for row in logged] == [1, 0]
+    assert all(math.isfinite(value) for row in logged for value in row.values() if isinstance(value, float))
+    assert all(value.isfinite().all() for value in checkpoint["model"].values())
+    assert checkpoint["opt"]["state"][0]["step"] == 5, "AdamW made five of the six steps"
+    calls.clear()
+    poison = set(range(4, 7))
+    with pytest.raises(SystemExit, match="no finite gradient in steps 4 to 6: lower --lr"):
+        train(cache, tmp_path / "all", "--log-every", 3, "--sample-every", 0)
+    assert torch.load(tmp_path / "all" / "last.pt", weights_only=True)["step"] == 3
+
+
+def test_init_loads_what_fits(cache, tmp_path, capsys):
+    first = train(cache, tmp_path / "first", "--sample-every", 0)
+    source = tmp_path / "source.pt"
+    first["ema"]["y_embedder.embedding_table.weight"] = torch.zeros(8, 32)
+    first["config"]["num_classes"] = 7
+    torch.save(first, source)
+    args = ["--init", source, "--steps", 1, "--lr", 0, "--sample-every", 0]
+    second = train(cache, tmp_path / "second", *args)
+    message = capsys.readouterr().out
+    assert "skipped: ['y_embedder.embedding_table.weight']; new: ['y_embedder.embedding_table.weight']" in message
+    assert torch.equal(second["model"]["blocks.0.mlp.fc1.weight"], first["ema"]["blocks.0.mlp.fc1.weight"])
+    assert second["model"]["y_embedder.embedding_table.weight"].shape == (4, 32) and second["step"] == 1
+
+
+def test_precision_and_compile_flags(cache, tmp_path):
+    """bf16 changes the numbers a little, and neither the fp32 weights nor the keys."""
+    fp32 = train(cache, tmp_path / "fp32", "--sample-every", 0, "--steps", 2)
+    bf16 = train(cache, tmp_path / "bf16", "--sample-every", 0, "--steps", 2, "--precision", "bf16")
+    assert 0 < difference(fp32, bf16) < 0.1
+    assert all(value.dtype == torch.float32 for value in bf16["model"].values())
+
+
+def test_bench(cache, tmp_path, capsys):
+    train_repa.main(["--data", str(cache), "--out", str(tmp_path / "run"), *SMALL.split(), "--bench", "3"])
+    out = capsys.readouterr().out
+    assert "bare forward + backward + AdamW" in out and "samples/s" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_full_disk_keeps_the_old_checkpoint(cache, tmp_path, monkeypatch):
+    train(cache, tmp_path / "run", "--steps", 3, "--sample-every", 0)
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+
+    def full(*args):
+        raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit, match="last.pt .*No space left.*free some space and run the same command again"):
+        train(cache, tmp_path / "run")
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_bad_input(cache, tmp_path):
+    def complain(*options, data=cache, out="run"):
+        with pytest.raises(SystemExit) as error:
+            train(data, tmp_path / out, "--sample-every", 0, *options)
+        assert "\n" not in str(error.value.code) and error.value.code not in (0, None)
+        return str(error.value.code)
+
+    assert "no feature cache there" in complain(data=tmp_path / "nowhere")
+    assert "--batch-size 16 is not a multiple of 1 process(es) x micro-batch 5" in complain("--micro-batch", 5)
+    assert "larger than the 96 images" in complain("--batch-size", 128)
+    assert "expected SIZE/PATCH" in complain("--model", "huge/2")
+    assert "latents of side 8 do not divide into patches of 3" in complain("--model", "nano/3")
+    assert "train with --model nano/2, or extract with --patch 4" in complain("--model", "nano/4")
+    assert "--repa-depth 3: nano/2 has blocks 1 to 2" in complain("--repa-depth", 3)
+    assert "no such checkpoint" in complain("--init", tmp_path / "nothing.pt")
+    assert not (tmp_path / "run").exists()
+
+    train(cache, tmp_path / "run", "--steps", 1, "--sample-every", 0)
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    assert "holds another run: {'lr': 0.001} there, {'lr': 0.01} here" in complain("--lr", 0.01)
+    shutil.copytree(cache, tmp_path / "other")
+    assert "'data'" in complain(data=tmp_path / "other")
+    (tmp_path / "run" / "last.pt").write_bytes(before[:1000])
+    assert "not a readable checkpoint" in complain()
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before[:1000]
+
+
+def test_a_sample_of_the_checkpoint_is_the_preview_of_the_ema(cache, tmp_path):
+    """The preview uses the averaged weights in eval mode: sample.py draws the same picture from the checkpoint."""
+    train(cache, tmp_path / "run")
+    options = ["--num", "12", "--labels", "balanced", "--grid", str(tmp_path / "grid.png")]
+    sample.main([str(tmp_path / "run" / "last.pt"), *options])
+    ours, preview = (np.asarray(Image.open(tmp_path / p)) for p in ("grid.png", "run/samples-0000006.png"))
+    assert np.abs(ours.astype(int) - preview).max() <= 1
