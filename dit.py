@@ -1,6 +1,8 @@
 """The diffusion transformer: embedders, block, and every architecture of this repository.
 
     DiT         adaLN-Zero transformer of DiT (arXiv 2212.09748), as used by SiT (2401.08740) and REPA (2410.06940)
+    DiverseDiT  DiT with long residual connections (2603.04239)
+    SDDiT       masked encoder, decoder and EDM preconditioning of SD-DiT (2403.17004)
 
 Plain modules: nothing here reads a file, knows about processes or holds a loss, so `sample.py` rebuilds any model from
 the `config` of its checkpoint with `build(config)`. Names and shapes of the state dict are those of the official
@@ -77,19 +79,36 @@ class LabelEmbedder(nn.Module):
             drop = torch.rand(y.shape, device=y.device) < self.dropout_prob
         if drop is not None and self.dropout_prob > 0:
             y = torch.where(drop, self.num_classes, y)
-        return self.embedding_table(y)                                            # (N, D)
+        return self.embed(y)                                                      # (N, D)
+
+    def embed(self, y):
+        return self.embedding_table(y)
+
+
+class ZeroNullLabelEmbedder(LabelEmbedder):
+    """The null class is the zero vector, without a row in the table (MaskDiT, SD-DiT)."""
+
+    def __init__(self, num_classes, hidden_size, dropout_prob):
+        super().__init__(num_classes, hidden_size, dropout_prob)
+        self.embedding_table = nn.Embedding(num_classes, hidden_size)
+
+    def embed(self, y):
+        return self.embedding_table(y.clamp(max=self.num_classes - 1)) * (y < self.num_classes).unsqueeze(1)
 
 
 class DiTBlock(nn.Module):
-    """Transformer block with adaLN-Zero conditioning: shift, scale and gate of both branches come from c."""
+    """Transformer block with adaLN-Zero conditioning: shift, scale and gate of both branches come from c.
 
-    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0, qk_norm=False):
+    `cond_size`: width of c where it is not the width of the tokens.
+    """
+
+    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0, qk_norm=False, cond_size=None):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=nn.LayerNorm)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cond_size or hidden_size, 6 * hidden_size))
 
     def forward(self, x, c):                                                      # (N, T, D), (N, D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
@@ -99,17 +118,17 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated LayerNorm and the linear map from a token to the C values of each of its P x P positions."""
+    """Modulated LayerNorm and a linear map of every token: to the C values of each of its P x P positions, usually."""
 
-    def __init__(self, hidden_size, patch_size, out_channels):
+    def __init__(self, hidden_size, out_size, cond_size=None):
         super().__init__()
         self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        self.linear = nn.Linear(hidden_size, out_size)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cond_size or hidden_size, 2 * hidden_size))
 
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))            # (N, T, P*P*C)
+        return self.linear(modulate(self.norm_final(x), shift, scale))            # (N, T, out_size)
 
 
 class DiT(nn.Module):
@@ -146,7 +165,7 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid**2, hidden_size), requires_grad=False)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
+        self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels)
         self.initialize_weights()
 
     def initialize_weights(self):
@@ -155,6 +174,11 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, (DiTBlock, FinalLayer)):
+                nn.init.zeros_(module.adaLN_modulation[-1].weight)
+            if isinstance(module, FinalLayer):
+                nn.init.zeros_(module.linear.weight)
         patch = self.x_embedder.proj
         nn.init.xavier_uniform_(patch.weight.view(patch.out_channels, -1))
         nn.init.zeros_(patch.bias)
@@ -162,11 +186,6 @@ class DiT(nn.Module):
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        for layer in (*self.blocks, self.final_layer):
-            nn.init.zeros_(layer.adaLN_modulation[-1].weight)
-            nn.init.zeros_(layer.adaLN_modulation[-1].bias)
-        nn.init.zeros_(self.final_layer.linear.weight)
-        nn.init.zeros_(self.final_layer.linear.bias)
 
     def unpatchify(self, x):                                                      # (N, T, P*P*C)
         G, P, C = self.grid, self.patch_size, self.in_channels
@@ -195,7 +214,119 @@ class DiT(nn.Module):
         return x if after is None else (x, taps)
 
 
-ARCHITECTURES = {"DiT": DiT}
+class LongResidual(nn.Module):
+    """R_k of DiverseDiT: Linear(LayerNorm([stream; skip])) replaces the stream; it has no identity path of its own.
+
+    At initialisation its output has RMS sqrt(4/3), whatever the scale of its input.
+    """
+
+    def __init__(self, hidden_size):
+        super().__init__()
+        self.norm = nn.LayerNorm(2 * hidden_size, eps=1e-6)
+        self.linear = nn.Linear(2 * hidden_size, hidden_size)
+        nn.init.xavier_uniform_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x, skip):                                                   # (N, T, D) each
+        return self.linear(self.norm(torch.cat([x, skip], dim=-1))).to(x.dtype)   # fp32 stream, also under autocast
+
+
+class DiverseDiT(DiT):
+    """DiT whose deep half receives the inputs of the shallow half (arXiv 2603.04239, Eq. 8).
+
+    Before block L - i, the stream is replaced by R([stream; input of block 1 + i]), i = 0 .. L/2 - 1, counted from 1:
+    the last block sees the patch embedding again. A plain DiT checkpoint lacks only `long_residuals`.
+    official code: fuses after the block, with its output / here: before, because Eq. 8 and its index range say so.
+    """
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        width, depth = self.pos_embed.shape[-1], len(self.blocks)
+        if depth % 2:
+            raise ValueError(f"depth {depth}: long residual connections pair the blocks, so their number must be even")
+        self.long_residuals = nn.ModuleList(LongResidual(width) for _ in range(depth // 2))
+
+    def run_blocks(self, x, c, after=()):
+        taps, skips, half = [], [], len(self.blocks) // 2
+        for i, block in enumerate(self.blocks, start=1):
+            if i <= half:
+                skips.append(x)
+            else:
+                x = self.long_residuals[i - half - 1](x, skips.pop())
+            x = block(x, c)                                                       # (N, T, D)
+            if i in after:
+                taps.append(x)
+        return x, taps
+
+
+def edm_coefficients(sigma, sigma_data=0.5):
+    """c_skip, c_out, c_in, c_noise of EDM's preconditioning D = c_skip x + c_out F(c_in x, c_noise) (arXiv 2206.00364).
+
+    `sigma`: a tensor, noise level in units of the data.
+    """
+    total = sigma**2 + sigma_data**2
+    return sigma_data**2 / total, sigma * sigma_data / total.sqrt(), 1 / total.sqrt(), sigma.log() / 4
+
+
+class SDDiT(DiT):
+    """Encoder on a CLS token and the visible patches, decoder on all patches, EDM preconditioning (arXiv 2403.17004).
+
+    The DiT's blocks are the encoder. Invisible patches wait as noised patch embeddings with their positions and take
+    their places again before the decoder, whose width is the same for every size; its condition keeps the encoder's
+    width and includes the encoded CLS token. The network predicts F of D = c_skip x + c_out F.
+    paper: neither sizes of the decoder nor the CLS path are stated / here: those of MaskDiT, which give the published
+    740.6M parameters for XL/2 with the student's head.
+    """
+
+    def __init__(self, decoder_depth=8, decoder_width=512, decoder_heads=16, cls_condition=True, **options):
+        super().__init__(**options)
+        width, dropout_prob = self.pos_embed.shape[-1], self.y_embedder.dropout_prob
+        if decoder_width % decoder_heads or decoder_width % 4:
+            raise ValueError(f"decoder_width {decoder_width} must divide by 4 and by decoder_heads {decoder_heads}")
+        self.y_embedder = ZeroNullLabelEmbedder(self.num_classes, width, dropout_prob)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.cls_embedder = nn.Linear(width, width) if cls_condition else None
+        self.decoder_embed = FinalLayer(width, decoder_width)
+        positions = torch.from_numpy(sincos_positions(self.grid, decoder_width)).float()
+        self.decoder_pos_embed = nn.Parameter(positions.unsqueeze(0), requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(
+            DiTBlock(decoder_width, decoder_heads, cond_size=width) for _ in range(decoder_depth)
+        )
+        self.final_layer = FinalLayer(decoder_width, self.patch_size**2 * self.in_channels, cond_size=width)
+        self.initialize_weights()
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def encode(self, x, sigma, y, drop=None, keep=None):
+        """Encoded tokens [N, 1 + K, D] (CLS, then the K visible patches), patch embeddings [N, T, D], condition [N, D].
+
+        keep [N, K]: indices of the visible patches; all of them by default.
+        """
+        _, _, c_in, c_noise = edm_coefficients(sigma)
+        c = self.t_embedder(c_noise) + self.y_embedder(y, drop)                   # (N, D)
+        h = self.x_embedder(c_in.view(-1, 1, 1, 1) * x) + self.pos_embed          # (N, T, D)
+        visible = h if keep is None else h.gather(1, keep.unsqueeze(2).expand(-1, -1, h.shape[2]))
+        tokens = torch.cat([self.cls_token.expand(len(h), -1, -1), visible], dim=1)
+        return self.run_blocks(tokens, c)[0], h, c
+
+    def forward(self, x, t, y, drop=None, keep=None, encoded=False):
+        """F [N, C, H, W] of noisy latents x at noise levels sigma = t [N] for the classes y [N] (`num_classes`: null).
+
+        drop [N] bool: labels replaced by the null class. keep: see encode. encoded: also return the encoded tokens.
+        """
+        tokens, h, c = self.encode(x, t, y, drop, keep)
+        if self.cls_embedder is not None:
+            c = c + self.cls_embedder(nn.functional.layer_norm(tokens[:, 0], h.shape[2:], eps=1e-6))
+        x = tokens[:, 1:]
+        if keep is not None:
+            x = h.scatter(1, keep.unsqueeze(2).expand_as(x), x)                   # (N, T, D)
+        x = self.decoder_embed(x, c) + self.decoder_pos_embed                     # (N, T, decoder_width)
+        for block in self.decoder_blocks:
+            x = block(x, c)
+        x = self.unpatchify(self.final_layer(x, c))                               # (N, C, H, W)
+        return (x, tokens) if encoded else x
+
+
+ARCHITECTURES = {"DiT": DiT, "DiverseDiT": DiverseDiT, "SDDiT": SDDiT}
 
 
 def parse_model(name):

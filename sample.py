@@ -10,6 +10,8 @@ images go to disk as they are made; a run that was killed continues with the sam
     flow matching   x_t = (1 - t) x + t eps, t = 0 data, t = 1 noise; the model predicts v = eps - x  (arXiv 2410.06940)
       ode, heun     dx/dt = v
       sde           dx = (v - t s) dt + sqrt(2t) dw, score s = -((1 - t) v + x) / t                   (arXiv 2401.08740)
+    EDM             x_sigma = x + sigma eps; the model predicts F of D = c_skip x + c_out F           (arXiv 2206.00364)
+      edm           dx/dsigma = (x - D) / sigma, Heun's method; the only sampler of SD-DiT checkpoints
 
 Shapes in the right margin: N batch, C, H, W latent channels, height, width.
 """
@@ -49,6 +51,13 @@ def sde_times(steps, last=0.04):
     return torch.cat([torch.linspace(1, last, steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
 
 
+def edm_sigmas(steps=40, low=0.002, high=80.0, rho=7):
+    """EDM's noise levels from `high` to `low`, then 0: float64 [steps + 1]."""
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    sigmas = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
+
+
 def flow_ode(model, x, times, heun=False):
     """Probability-flow ODE dx/dt = v(x, t) along `times` (see ode_times) from noise x [N, C, H, W]: Euler or Heun.
 
@@ -78,18 +87,44 @@ def flow_sde(model, x, times, noise):
     return x
 
 
-def guided(model, y, scale=1.0, interval=(0.0, 1.0), guide=None):
+def edm_heun(denoiser, x, sigmas):
+    """EDM's deterministic sampler along `sigmas` (see edm_sigmas) from standard normal noise x [N, C, H, W].
+
+    denoiser(x, sigma) -> D. Heun corrects every step but the last: 2 K - 1 evaluations. Returns float64 [N, C, H, W].
+    """
+    x = x.double() * sigmas[0].item()
+    for sigma, sigma_next in pairwise(sigmas.tolist()):
+        slope = (x - denoiser(x, sigma).double()) / sigma                         # (N, C, H, W)
+        if sigma_next > 0:
+            ahead = x + (sigma_next - sigma) * slope
+            slope = (slope + (ahead - denoiser(ahead, sigma_next).double()) / sigma_next) / 2
+        x = x + (sigma_next - sigma) * slope
+    return x
+
+
+def edm_denoiser(network):
+    """network(x, sigma) -> F as the denoiser D = c_skip x + c_out F."""
+
+    def denoiser(x, sigma):
+        c_skip, c_out, _, _ = dit.edm_coefficients(torch.tensor(sigma, dtype=torch.float64))
+        return c_skip * x + c_out * network(x, sigma).double()
+
+    return denoiser
+
+
+def guided(model, y, scale=1.0, interval=None, guide=None):
     """model(x, t, y) -> a function of (x, t): guidance on all channels at the noise levels of the inclusive interval.
 
     Classifier-free: v = v(null) + scale (v(y) - v(null)); with a second network `guide`: v = g(y) + scale (v(y) - g(y))
-    (autoguidance, arXiv 2406.02507). Outside the interval, or with scale <= 1, there is no second pass.
+    (autoguidance, arXiv 2406.02507). Outside the interval, or with scale <= 1, there is no second pass. For EDM's F
+    it is the same as for the denoiser, which is affine in F.
     official code: DiT and SiT guide only three of the four channels (DiT#41) / here: all, as in REPA.
     official code: Heun's second evaluation is guided if the step's start is / here: if its own t is in the interval.
     """
 
     def velocity(x, t):
         x, times = x.float(), torch.full((len(x),), t, device=x.device)
-        if scale <= 1 or not interval[0] <= t <= interval[1]:
+        if scale <= 1 or (interval and not interval[0] <= t <= interval[1]):
             return model(x, times, y)
         if guide is None:
             null = torch.full_like(y, model.num_classes)
@@ -142,10 +177,23 @@ def choose_labels(labels, indices, num_classes, seed):
     return torch.tensor([choices[int(i) % len(choices)] for i in indices])
 
 
+def choose_sampler(model, sampler=None, steps=None):
+    """The sampler and its number of steps, by default edm with 40 for SD-DiT and ode with 50 for flow matching.
+
+    ValueError if the sampler is for the other kind of model.
+    """
+    edm = isinstance(model, dit.SDDiT)
+    sampler = sampler or ("edm" if edm else "ode")
+    if (sampler == "edm") != edm:
+        kind, known = ("an EDM", "edm") if edm else ("a flow-matching", "ode, heun, sde")
+        raise ValueError(f"--sampler {sampler}: the checkpoint is {kind} model; its samplers: {known}")
+    return sampler, steps or (40 if edm else 50)
+
+
 @torch.no_grad()
-def generate(model, indices, y, sampler="ode", steps=50, seed=0, cfg=1.0, interval=(0.0, 1.0), guide=None):
+def generate(model, indices, y, sampler=None, steps=None, seed=0, cfg=1.0, interval=None, guide=None):
     """Latents float64 [N, C, H, W] of the images `indices` with classes y [N], on the model's device."""
-    device = model.pos_embed.device
+    device, (sampler, steps) = model.pos_embed.device, choose_sampler(model, sampler, steps)
     generators = image_generators(seed, indices)
     side = model.grid * model.patch_size
 
@@ -153,10 +201,12 @@ def generate(model, indices, y, sampler="ode", steps=50, seed=0, cfg=1.0, interv
         rows = [torch.randn(model.in_channels, side, side, generator=generator) for generator in generators]
         return torch.stack(rows).to(device)                                       # (N, C, H, W)
 
-    velocity = guided(model, y.to(device), cfg, interval, guide)
+    network = guided(model, y.to(device), cfg, interval, guide)
+    if sampler == "edm":
+        return edm_heun(edm_denoiser(network), noise(), edm_sigmas(steps))
     if sampler == "sde":
-        return flow_sde(velocity, noise(), sde_times(steps), noise)
-    return flow_ode(velocity, noise(), ode_times(steps), heun=sampler == "heun")
+        return flow_sde(network, noise(), sde_times(steps), noise)
+    return flow_ode(network, noise(), ode_times(steps), heun=sampler == "heun")
 
 
 def decode(latents, autoencoder, data):
@@ -180,7 +230,7 @@ def save_grid(images, path, columns):
 
 
 def preview(model, data, autoencoder, path, seed=0, columns=10):
-    """The picture that training scripts draw of their EMA: one class per column, 50 Euler steps, no guidance."""
+    """The picture that training scripts draw of their EMA: a class per column, default sampler, no guidance."""
     num_classes = len(data["classes"])
     columns = min(columns, num_classes) if num_classes > 1 else columns
     classes = np.linspace(0, num_classes - 1, columns).astype(int).tolist()
@@ -210,10 +260,10 @@ def parse_args(argv=None):
     parser.add_argument("--out", help="ADM .npz: arr_0 uint8 [N, H, W, 3], arr_1 labels, protocol")
     parser.add_argument("--grid", help="PNG with all images; one column per class where labels are balanced")
     parser.add_argument("--labels", default="random", help="random, balanced, or class indices such as 207,360")
-    parser.add_argument("--sampler", choices=["ode", "heun", "sde"], default="ode", help="ode: Euler; papers use sde")
-    parser.add_argument("--steps", type=int, default=50, help="sampling steps; papers use 250 with sde")
+    parser.add_argument("--sampler", choices=["ode", "heun", "sde", "edm"], help="default: ode (Euler), edm for SD-DiT")
+    parser.add_argument("--steps", type=int, help="default: 50, edm 40; REPA's numbers need sde with 250")
     parser.add_argument("--cfg", type=float, default=1.0, help="guidance scale w; no guidance at 1")
-    parser.add_argument("--interval", type=float, nargs=2, default=[0.0, 1.0], help="times at which to guide")
+    parser.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels to guide at")
     parser.add_argument("--guide", help="checkpoint of a weaker model: autoguidance instead of the null class")
     parser.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged or raw weights")
     parser.add_argument("--seed", type=int, default=0)
@@ -222,7 +272,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not (args.out or args.grid):
         parser.error("nothing to write: give --out samples.npz, --grid grid.png, or both")
-    if min(args.num, args.steps, args.batch_size) < 1:
+    if min(args.num, args.batch_size, 1 if args.steps is None else args.steps) < 1:
         parser.error("--num, --steps and --batch-size must be at least 1")
     if args.out and not args.out.endswith(".npz"):
         parser.error(f"--out {args.out}: must end in .npz")
@@ -269,6 +319,7 @@ def main(argv=None):
     try:
         model, checkpoint = load_model(args.checkpoint, args.weights, device)
         guide = load_model(args.guide, args.weights, device)[0] if args.guide else None
+        args.sampler, args.steps = choose_sampler(model, args.sampler, args.steps)
         data, num_classes = checkpoint["data"], len(checkpoint["data"]["classes"])
         if isinstance(args.labels, list) and not all(0 <= label < num_classes for label in args.labels):
             raise ValueError(f"--labels {args.labels}: the model knows classes 0 to {num_classes - 1}")

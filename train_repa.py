@@ -98,37 +98,48 @@ def projector(width, target_width, hidden):
     return nn.Sequential(linears[0], nn.SiLU(), linears[1], nn.SiLU(), linears[2])
 
 
+class Alignment(nn.Module):
+    """L_repa of the tokens of one block, and the projectors it trains. ValueError if depth or token grid do not fit."""
+
+    def __init__(self, model, depth, meta):
+        super().__init__()
+        width, grid, patch = model.pos_embed.shape[-1], model.grid, model.patch_size
+        if not 1 <= depth <= len(model.blocks):
+            raise ValueError(f"--repa-depth {depth}: the model has blocks 1 to {len(model.blocks)}")
+        if meta["grid"] != grid:
+            found = f"the cache has targets for {meta['grid']}x{meta['grid']} tokens, the model {grid}x{grid} tokens"
+            remedy = f"train with patch {meta['latent_side'] // meta['grid']}, or extract with --patch {patch}"
+            raise ValueError(f"{found}: {remedy}")
+        self.target_widths = meta["target_widths"]
+        hidden = 2048 if width >= dit.SIZES["S"][1] else 4 * width  # nano, which is no size of the paper
+        self.projectors = nn.ModuleList(projector(width, target_width, hidden) for target_width in self.target_widths)
+
+    def forward(self, tokens, targets):                                           # (N, T, D), (N, T, sum of F)
+        projected = [h(tokens) for h in self.projectors]                          # (N, T, F) each
+        return repa_loss(projected, targets.split(self.target_widths, dim=-1))
+
+
 class Objective(nn.Module):
     """The model, its training-only heads and the loss: one module, so that DDP sees every parameter in one forward."""
 
     def __init__(self, model, args, meta):
         super().__init__()
         self.model, self.weight = model, args.repa_weight
-        if self.weight == 0:
-            return
-        size, blocks = args.model.split("/")[0], len(model.blocks)
+        size = args.model.split("/")[0]
         self.depth = args.repa_depth or {"nano": 2, "S": 4, "B": 4}.get(size, 8)
-        if not 1 <= self.depth <= blocks:
-            raise ValueError(f"--repa-depth {self.depth}: {args.model} has blocks 1 to {blocks}")
-        if meta["grid"] != model.grid:
-            grids = f"a grid of {meta['grid']} targets in {args.data}, of {model.grid} tokens in {args.model}"
-            remedy = f"--model {size}/{meta['latent_side'] // meta['grid']}, or extract with --patch {model.patch_size}"
-            raise ValueError(f"{grids}: train with {remedy}")
-        self.target_widths = meta["target_widths"]
-        width, hidden = model.pos_embed.shape[-1], 512 if size == "nano" else 2048
-        self.projectors = nn.ModuleList(projector(width, target_width, hidden) for target_width in self.target_widths)
+        self.alignment = Alignment(model, self.depth, meta) if self.weight > 0 else None
 
     def forward(self, x, y, t, eps, drop, targets=None):
         """x, eps [N, C, H, W], y, t, drop [N], targets [N, T, sum of F] -> named scalar losses; `loss` is the total."""
         time = t.view(-1, 1, 1, 1)
         x_t = (1 - time) * x + time * eps                                         # (N, C, H, W)
-        v, tokens = self.model(x_t, t, y, drop=drop, after=[self.depth] if self.weight else [])
-        loss_fm = F.mse_loss(v.float(), eps - x)
-        if self.weight == 0:
-            return {"loss": loss_fm, "loss_fm": loss_fm}
-        projected = [h(tokens[0]) for h in self.projectors]                       # (N, T, F) each
-        loss_repa = repa_loss(projected, targets.split(self.target_widths, dim=-1))
-        return {"loss": loss_fm + self.weight * loss_repa, "loss_fm": loss_fm, "loss_repa": loss_repa}
+        v, tokens = self.model(x_t, t, y, drop=drop, after=[self.depth])
+        loss = loss_fm = F.mse_loss(v.float(), eps - x)
+        losses = {"loss_fm": loss_fm}
+        if self.alignment:
+            losses["loss_repa"] = self.alignment(tokens[0], targets)
+            loss = loss_fm + self.weight * losses["loss_repa"]
+        return {"loss": loss, **losses}
 # <<< repa
 
 
@@ -254,29 +265,35 @@ def main(argv=None):
     accumulation = args.batch_size // (micro * world)
     out, last = Path(args.out), Path(args.out) / "last.pt"
     try:
-        if min(args.batch_size, micro, args.steps) < 1 or micro * world * accumulation != args.batch_size:
+        if min(args.steps, args.log_every, args.save_every, args.keep_every) < 1:
+            raise ValueError("--steps, --log-every, --save-every and --keep-every must be at least 1")
+        if args.batch_size < 1 or micro < 1 or micro * world * accumulation != args.batch_size:
             share = f"{world} process(es) x micro-batch {micro}"
             raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {share}")
 
         # Data, model, heads and loss
         # >>> repa
-        arch, read_targets = "DiT", args.repa_weight > 0
+        arch, read_targets = {"arch": "DiT"}, args.repa_weight > 0
         # <<< repa
         features = CachedFeatures(args.data, targets=read_targets)
         meta = features.meta
         if args.batch_size > meta["count"]:
             raise ValueError(f"--batch-size {args.batch_size} is larger than the {meta['count']} images of {args.data}")
         side, channels, classes = meta["latent_side"], meta["latent_channels"], len(meta["classes"])
-        config = dict(arch=arch, input_size=side, in_channels=channels, num_classes=classes)
-        config |= dit.parse_model(args.model)
+        config = arch | dict(input_size=side, in_channels=channels, num_classes=classes) | dit.parse_model(args.model)
         torch.manual_seed(args.seed)
         model = dit.build(config)
+        resume = last.exists() and not args.bench
+        if args.init and not resume:
+            message = load_init(args.init, model)
+            if rank == 0:
+                print(message)
         objective = Objective(model, args, meta).to(device)
         autoencoder = load_autoencoder(meta["vae"]) if rank == 0 and args.sample_every else None
 
-        # Resume, or start afresh
+        # Resume, or start at step 0
         step, checkpoint = 0, None
-        if last.exists() and not args.bench:
+        if resume:
             checkpoint = sample.read_checkpoint(last)
             mine, theirs = vars(args), checkpoint["args"]
             different = [key for key in mine if key not in MAY_CHANGE and mine[key] != theirs.get(key)]
@@ -284,10 +301,6 @@ def main(argv=None):
                 was, now = ({key: each.get(key) for key in different} for each in (theirs, mine))
                 raise ValueError(f"{out} holds another run: {was} there, {now} here; choose another --out")
             step = checkpoint["step"]
-        elif args.init:
-            message = load_init(args.init, model)
-            if rank == 0:
-                print(message)
     except (ValueError, OSError) as error:
         sys.exit(f"{Path(__file__).name}: {error}")
 

@@ -84,7 +84,7 @@ def test_objective_is_the_equation(cache):
     v, (tokens,) = objective.model.eval()(x_t, t, null, after=[1])
     expected = ((v - (eps - x)) ** 2).mean()
     assert losses["loss_fm"].item() == pytest.approx(expected.item(), rel=1e-5)
-    aligned = train_repa.repa_loss([objective.projectors[0](tokens)], [targets])
+    aligned = train_repa.repa_loss([objective.alignment.projectors[0](tokens)], [targets])
     assert losses["loss_repa"].item() == pytest.approx(aligned.item(), rel=1e-4)
     assert losses["loss"].item() == pytest.approx((expected + 0.3 * aligned).item(), rel=1e-4)
 
@@ -98,7 +98,7 @@ def test_first_loss_is_the_mean_square_of_the_target(cache):
     assert losses["loss_fm"].item() == pytest.approx(((eps - x) ** 2).mean().item(), rel=1e-6)
     losses["loss_repa"].backward()
     touched = [any(p.grad is not None for p in block.parameters()) for block in objective.model.blocks]
-    assert touched == [True, False] and all(p.grad is not None for p in objective.projectors.parameters())
+    assert touched == [True, False] and all(p.grad is not None for p in objective.alignment.parameters())
 
 
 def test_projector_sizes():
@@ -280,8 +280,8 @@ def test_bad_input(cache, tmp_path):
     assert "larger than the 96 images" in complain("--batch-size", 128)
     assert "expected SIZE/PATCH" in complain("--model", "huge/2")
     assert "latents of side 8 do not divide into patches of 3" in complain("--model", "nano/3")
-    assert "train with --model nano/2, or extract with --patch 4" in complain("--model", "nano/4")
-    assert "--repa-depth 3: nano/2 has blocks 1 to 2" in complain("--repa-depth", 3)
+    assert "train with patch 2, or extract with --patch 4" in complain("--model", "nano/4")
+    assert "--repa-depth 3: the model has blocks 1 to 2" in complain("--repa-depth", 3)
     assert "no such checkpoint" in complain("--init", tmp_path / "nothing.pt")
     assert not (tmp_path / "run").exists()
 

@@ -1,0 +1,331 @@
+"""DiverseDiT: wiring, parameter counts, the diversity loss against slow loops, the gate, CKA."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import run
+from PIL import Image
+
+import dit
+import sample
+import train_diversedit
+import train_repa
+from extract_features import CachedFeatures
+from train_diversedit import cka, diversity_loss, gate
+
+SMALL = "--model nano/2 --steps 4 --batch-size 16 --lr 1e-3 --ema 0.9 --log-every 1 --workers 0"
+
+
+def small_model(**options):
+    torch.manual_seed(0)
+    shape = dict(input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=4, num_heads=4, num_classes=5)
+    return dit.DiverseDiT(**(shape | options))
+
+
+# --- architecture
+
+
+@pytest.mark.parametrize("size, extra", [("S", 1_780_992), ("B", 7_100_928), ("L", 25_227_264), ("XL", 37_239_552)])
+def test_parameter_counts(size, extra):
+    with torch.device("meta"):
+        plain, diverse = (dit.build({"arch": a, **dit.parse_model(f"{size}/2")}) for a in ("DiT", "DiverseDiT"))
+    count = sum(p.numel() for p in diverse.parameters())
+    assert count - sum(p.numel() for p in plain.parameters()) == extra
+    if size == "XL":
+        assert round(count / 1e6, 2) == 712.35
+
+
+def test_wiring():
+    """With every block made an identity, the stream before deep block i is R(stream, input of its partner), LIFO."""
+    model = small_model(depth=6)
+    fed, fused = {}, []
+    for i, block in enumerate(model.blocks):
+        block.register_forward_pre_hook(lambda module, inputs, i=i: fed.update({i: inputs[0].clone()}))
+        block.forward = lambda x, c, i=i: x + (i + 1) * 100  # every block leaves a mark
+    for layer in model.long_residuals:
+        layer.register_forward_hook(lambda module, inputs, output: fused.append((*inputs, output)))
+    embedding = torch.randn(2, 16, 32)
+    out, taps = model.run_blocks(embedding, torch.zeros(2, 32), after=[3, 4, 6])
+    assert len(fused) == 3
+    for k, partner in enumerate((2, 1, 0)):
+        stream, skip, output = fused[k]
+        assert torch.equal(skip, fed[partner]), "the skip is the INPUT of the partner"
+        assert torch.equal(stream, fed[2 + k] + (3 + k) * 100), "fused before block, after the one before"
+        assert torch.equal(fed[3 + k], output), "the fusion replaces the stream"
+    assert torch.equal(fused[2][1], embedding), "the last block sees the patch embedding"
+    assert torch.equal(taps[0], fed[2] + 300) and torch.equal(taps[1], fed[3] + 400) and torch.equal(taps[2], out)
+
+
+def test_long_residual_is_the_formula():
+    layer = dit.LongResidual(6).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    x, skip = torch.randn(6).double(), torch.randn(6).double()
+    joined = torch.cat([x, skip])
+    normal = (joined - joined.mean()) / torch.sqrt(((joined - joined.mean()) ** 2).mean() + 1e-6)
+    expected = layer.linear.weight @ (normal * layer.norm.weight + layer.norm.bias) + layer.linear.bias
+    torch.testing.assert_close(layer(x.view(1, 1, 6), skip.view(1, 1, 6))[0, 0], expected)
+
+
+def test_long_residual_rms_at_initialisation():
+    """sqrt(4/3) whatever the scale of the input, and the output has the dtype of the stream."""
+    torch.manual_seed(0)
+    layer = dit.LongResidual(256)
+    for scale in (0.01, 100):
+        out = layer(scale * torch.randn(4, 32, 256), scale * torch.randn(4, 32, 256))
+        assert out.square().mean().sqrt().item() == pytest.approx(math.sqrt(4 / 3), rel=0.03)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(1, 2, 256), torch.randn(1, 2, 256)).dtype == torch.float32
+
+
+def test_odd_depth():
+    with pytest.raises(ValueError, match="depth 5: .* even"):
+        small_model(depth=5)
+
+
+# --- loss
+
+
+def slow_terms(blocks):
+    """From the equations, a pair, an image, a token and a channel at a time."""
+    m, N, T, D = blocks.shape
+    f = blocks.tolist()
+    pairs = [(i, j) for i in range(m) for j in range(i + 1, m)]
+
+    def cosine(u, v):
+        return sum(a * b for a, b in zip(u, v, strict=True)) / math.hypot(*u) / math.hypot(*v)
+
+    mean = [[sum(f[b][n][t][d] for n in range(N) for t in range(T)) / N / T for d in range(D)] for b in range(m)]
+    orth = sum(cosine(mean[i], mean[j]) for i, j in pairs) / len(pairs)
+    mi = 0
+    for i, j in pairs:
+        mi += abs(sum(cosine(f[i][n][t], f[j][n][t]) for n in range(N) for t in range(T)) / N / T) / len(pairs)
+    a = []
+    for d in range(D):
+        per_block = []
+        for b in range(m):
+            column = [f[b][n][t][d] for n in range(N) for t in range(T)]
+            per_block.append(sum(abs(value) for value in column) / math.hypot(*column) / N / T)
+        a.append(sum(per_block) / m)
+    a = [value / max(a) for value in a]
+    variance = sum((value - sum(a) / D) ** 2 for value in a) / D
+    return orth, mi, -min(variance / 0.25, 1)
+
+
+@pytest.mark.parametrize("spiky", [False, True])
+def test_terms_against_a_slow_loop(spiky):
+    torch.manual_seed(0)
+    blocks = torch.randn(4, 3, 5, 6) + torch.randn(4, 1, 1, 6)
+    if spiky:  # half of the channels nearly always zero: the dispersion term wakes up
+        blocks[..., :3] *= torch.rand(4, 3, 5, 1) < 0.1
+    expected = slow_terms(blocks.double())
+    loss, values = diversity_loss(blocks)
+    assert [value.item() for value in values.values()] == pytest.approx(expected, abs=1e-6)
+    assert loss.item() == pytest.approx(sum(expected) / 3, abs=1e-6)
+    assert diversity_loss(blocks, ["mi"])[0].item() == pytest.approx(expected[1], abs=1e-6)
+    assert (expected[2] < -0.05) == spiky
+
+
+def test_equal_and_opposite_blocks():
+    """Copies are as similar as can be; L_orth is signed, L_MI is not."""
+    f = torch.randn(2, 3, 8) + 1
+    _, same = diversity_loss(torch.stack([f, f]))
+    _, opposite = diversity_loss(torch.stack([f, -f]))
+    assert [same["orth"].item(), same["mi"].item()] == pytest.approx([1, 1], abs=1e-6)
+    assert [opposite["orth"].item(), opposite["mi"].item()] == pytest.approx([-1, 1], abs=1e-6)
+
+
+@pytest.mark.parametrize("value, w, slope", [(0.05, 0, 0), (0.1, 0, 0), (0.3, 0.4, 1.0), (0.5, 0.8, 1.8), (0.6, 1, 1)])
+def test_gate(value, w, slope):
+    """w is 0 / (L - 0.1) / 0.5 / 1, and w L has the slope 0 / 4 L - 0.2 / 1, because w is not detached."""
+    loss = torch.tensor(value, dtype=torch.float64, requires_grad=True)
+    assert gate(loss).item() == pytest.approx(w, abs=1e-12)
+    (gate(loss) * loss).backward()
+    assert loss.grad.item() == pytest.approx(slope, abs=1e-12)
+
+
+@pytest.mark.parametrize("arch, similarity, total", [("DiverseDiT", 0.235, 0.155), ("DiT", 1.0, 0.66)])
+def test_diversity_loss_at_initialisation(arch, similarity, total):
+    """Over B's twelve blocks, L_orth and L_MI are 0.22 to 0.25, L_div 0.15 to 0.16; without long residuals 1 and 0.66.
+
+    The width matters little: 256 instead of B's 768. Ten blocks drawn at random average the same.
+    """
+    torch.manual_seed(0)
+    model = dit.build(dict(arch=arch, input_size=16, hidden_size=256, depth=12, num_heads=4))
+    with torch.no_grad():
+        _, tokens = model(torch.randn(16, 4, 16, 16), torch.rand(16), torch.randint(0, 1000, (16,)), after=range(1, 13))
+    loss, values = diversity_loss(torch.stack(tokens))
+    assert values["orth"].item() == pytest.approx(similarity, abs=0.035)
+    assert values["mi"].item() == pytest.approx(similarity, abs=0.035)
+    assert loss.item() == pytest.approx(total, abs=0.012)
+    drawn = [train_diversedit.choose_blocks(0, step, 12, 10) for step in range(40)]
+    losses = [diversity_loss(torch.stack([tokens[b - 1] for b in chosen]))[0].item() for chosen in drawn]
+    assert np.mean(losses) == pytest.approx(total, abs=0.03)
+
+
+def test_block_draw():
+    draws = [train_diversedit.choose_blocks(0, step, 12, 10) for step in range(400)]
+    assert all(len(set(draw)) == 10 and set(draw) <= set(range(1, 13)) for draw in draws)
+    assert draws[5] == train_diversedit.choose_blocks(0, 5, 12, 10) != train_diversedit.choose_blocks(1, 5, 12, 10)
+    counts = np.bincount(np.concatenate(draws), minlength=13)[1:]
+    assert counts.min() > 290 and counts.max() < 370
+
+
+def objective_for(cache, *options):
+    args = train_diversedit.parse_args(["--data", str(cache), "--model", "nano/2", *map(str, options)])
+    torch.manual_seed(0)
+    arch = "DiT" if args.no_long_residuals else "DiverseDiT"
+    config = dict(arch=arch, input_size=8, in_channels=3, num_classes=3, **dit.parse_model(args.model))
+    objective = train_diversedit.Objective(dit.build(config), args, CachedFeatures(cache).meta)
+    for parameter in objective.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return objective
+
+
+def test_objective_is_the_equation(cache):
+    objective = objective_for(cache, "--repa-weight", 0.3, "--repa-depth", 2, "--div-blocks", 3)
+    x, eps, t = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.rand(4)
+    y, drop, targets = torch.tensor([0, 1, 2, 0]), torch.zeros(4, dtype=torch.bool), torch.randn(4, 16, 82)
+    losses = objective(x, y, t, eps, drop, [2, 5, 6], targets)
+    x_t = (1 - t.view(4, 1, 1, 1)) * x + t.view(4, 1, 1, 1) * eps
+    v, tokens = objective.model.eval()(x_t, t, y, after=[2, 5, 6])
+    loss_fm = F.mse_loss(v, eps - x).item()
+    loss_div, values = diversity_loss(torch.stack(tokens))
+    loss_repa = train_repa.repa_loss([objective.alignment.projectors[0](tokens[0])], [targets]).item()
+    expected = loss_fm + (gate(loss_div) * loss_div).item() + 0.3 * loss_repa
+    assert losses["loss"].item() == pytest.approx(expected, rel=1e-5)
+    assert losses["div_weight"].item() == pytest.approx(gate(loss_div).item(), rel=1e-4)
+    _, tokens = objective.model(x_t, t, y, after=range(1, 7))
+    rms = max(f.square().mean().sqrt().item() for f in tokens)
+    assert losses["block_rms"].item() == pytest.approx(rms, rel=1e-5)
+
+
+def test_loss_off_is_plain_flow_matching_through_the_long_residuals(cache):
+    objective = objective_for(cache, "--div-terms")
+    x, eps, t, y = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.rand(4), torch.tensor([0, 1, 2, 0])
+    losses = objective(x, y, t, eps, torch.zeros(4, dtype=torch.bool), [1, 2])
+    assert losses["loss"] is losses["loss_fm"] and "loss_div" not in losses
+    losses["loss"].backward()
+    assert all(p.grad.abs().max() > 0 for p in objective.model.long_residuals.parameters())
+
+
+# --- ranks
+
+
+RANKS = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, ".")
+from train_diversedit import diversity_loss, gate, mean_over_ranks
+dist.init_process_group("gloo")
+blocks = torch.load(sys.argv[1], weights_only=True)[dist.get_rank()].requires_grad_()
+loss = mean_over_ranks(diversity_loss(blocks)[0])
+(gate(loss) * loss / dist.get_world_size()).backward()
+torch.save((loss.detach(), blocks.grad), f"{sys.argv[1]}.{dist.get_rank()}")
+"""
+
+
+def test_gate_sees_the_mean_of_the_ranks(tmp_path):
+    """Two ranks on different sides of the gate: value and gradient are those of w(mean) mean in one process."""
+    torch.manual_seed(0)
+    common = torch.randn(1, 4, 6, 16)
+    blocks = torch.stack([torch.randn(3, 4, 6, 16), common + 0.3 * torch.randn(3, 4, 6, 16)]).requires_grad_()
+    each = [diversity_loss(rank)[0] for rank in blocks]
+    assert each[0] < 0.1 < 0.5 < each[1]
+    mean = sum(each) / 2
+    (gate(mean) * mean).backward()
+    torch.save(blocks.detach(), tmp_path / "blocks")
+    (tmp_path / "ranks.py").write_text(RANKS)
+    run(tmp_path / "ranks.py", tmp_path / "blocks", processes=2)
+    for rank in (0, 1):
+        loss, grad = torch.load(tmp_path / f"blocks.{rank}", weights_only=True)
+        assert loss.item() == pytest.approx(mean.item(), abs=1e-6)
+        torch.testing.assert_close(grad, blocks.grad[rank], rtol=1e-4, atol=1e-8)
+        assert grad.abs().max() > 0
+
+
+# --- CKA
+
+
+def test_cka_against_a_slow_estimator():
+    """The unbiased HSIC as U-statistic: mean of K_ij (L_ij + L_kl - 2 L_ik) over all distinct i, j, k, l."""
+    torch.manual_seed(0)
+    n, features = 7, torch.randn(2, 7, 3, dtype=torch.float64)
+    K, L = (f @ f.T for f in features)
+
+    def hsic(K, L):
+        total, count = 0.0, 0
+        for i in range(n):
+            for j in set(range(n)) - {i}:
+                for k in set(range(n)) - {i, j}:
+                    for m in set(range(n)) - {i, j, k}:
+                        total += (K[i, j] * (L[i, j] + L[k, m] - 2 * L[i, k])).item()
+                        count += 1
+        return total / count
+
+    result = cka(features)
+    assert result[0, 1].item() == pytest.approx(hsic(K, L) / math.sqrt(hsic(K, K) * hsic(L, L)), rel=1e-9)
+    assert result[0, 0].item() == result[1, 1].item() == pytest.approx(1)
+
+
+def test_cka_invariances():
+    torch.manual_seed(0)
+    f = torch.randn(200, 5)
+    rotation, _ = torch.linalg.qr(torch.randn(5, 5))
+    result = cka(torch.stack([f, 3 * f @ rotation + 7, torch.randn(200, 5)]))
+    assert result[0, 1].item() == pytest.approx(1, abs=1e-4)
+    assert abs(result[0, 2].item()) < 0.05, "independent features: unbiased, so about zero"
+
+
+# --- runs
+
+
+def train(cache, out, *options):
+    train_diversedit.main(["--data", str(cache), "--out", str(out), *SMALL.split(), *map(str, options)])
+    return torch.load(out / "last.pt", weights_only=True)
+
+
+def test_run_resume_and_sample(cache, tmp_path):
+    whole = train(cache, tmp_path / "whole")
+    train(cache, tmp_path / "cut", "--steps", 2)
+    cut = train(cache, tmp_path / "cut")
+    for part in ("model", "ema", "heads"):
+        assert all(torch.equal(whole[part][name], cut[part][name]) for name in whole[part])
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()[1:]]
+    assert {"loss_orth", "loss_mi", "loss_disp", "loss_div", "div_weight", "div_closed", "block_rms"} <= rows[0].keys()
+    similarity = rows[-1]["cka_off_diagonal"]
+    assert similarity.keys() == {"0.05", "0.25", "0.5", "0.75", "0.95"}
+    assert all(-1 < value <= 1 for value in similarity.values())
+    matrix = np.asarray(Image.open(tmp_path / "whole" / "cka-0000004.png"))
+    zoom = matrix.shape[0] // 6
+    assert matrix.shape[1] == 5 * 7 * zoom and (matrix[zoom // 2, zoom // 2] >= 254).all(), "a block equals itself"
+    assert whole["config"]["arch"] == "DiverseDiT"
+    options = ["--num", "3", "--steps", "2", "--grid", str(tmp_path / "grid.png")]
+    sample.main([str(tmp_path / "whole" / "last.pt"), *options])
+    assert (tmp_path / "grid.png").exists()
+
+
+def test_plain_checkpoint_starts_a_diverse_run(cache, tmp_path, capsys):
+    plain = train(cache, tmp_path / "plain", "--no-long-residuals", "--steps", 1)
+    assert plain["config"]["arch"] == "DiT"
+    train(cache, tmp_path / "diverse", "--init", tmp_path / "plain" / "last.pt", "--steps", 1)
+    message = capsys.readouterr().out
+    new = message.partition("new: ")[2].splitlines()[0]
+    assert "skipped: none" in message and len(eval(new)) == 3 * 4 and "long_residuals.0.norm.weight" in new
+
+
+def test_bad_input(cache, tmp_path):
+    def complain(*options):
+        with pytest.raises(SystemExit) as error:
+            train(cache, tmp_path / "run", *options)
+        assert "\n" not in str(error.value.code)
+        return str(error.value.code)
+
+    assert "--div-blocks 1: pairs need at least 2 blocks" in complain("--div-blocks", 1)
+    assert "--div-blocks 7: pairs need at least 2 blocks, and the model has 6" in complain("--div-blocks", 7)
+    assert "--div-gate 0.5 0.1: the first number must be the smaller one" in complain("--div-gate", 0.5, 0.1)
+    assert "--repa-depth 9" in complain("--repa-weight", 0.5, "--repa-depth", 9)
