@@ -1,6 +1,6 @@
 """Images -> cache: autoencoder latents, encoder targets, labels and crops, as plain memory-mapped .npy files.
 
-    python extract_features.py --data tests/digits.npz --image-size 8 --patch 1 --vae none --encoder hog \\
+    python extract_features.py --data tests/digits.npz --image-size 8 --patch 2 --vae none --encoder hog \\
         --out features/digits
     torchrun --nproc_per_node=8 extract_features.py --data imagenet/train --image-size 256 --out features/imagenet256
 

@@ -17,8 +17,8 @@
 Commands
     torchrun --nproc_per_node=8 train_sddit.py                          the paper's run: XL/2, ImageNet 256 px
     python train_sddit.py --micro-batch 32                              one GPU
-    python train_sddit.py --data features/digits --model nano/1 --steps 400 --batch-size 64 --lr 1e-3 --ema 0.99 \\
-        --out runs/sddit                                                a few minutes on a laptop
+    python train_sddit.py --data features/digits --model nano/2 --steps 1000 --batch-size 64 --lr 2e-3 --ema 0.99 \\
+        --out runs/sddit                                                minutes on a laptop
     Ablations (table 3 and figures): --sd-weight 0; --mask-ratio 0.5; --teacher-noise 0.3 or student; --no-cls-condition
 
 To resume, run the same command again. The lines of the method stand between `# >>> sddit` and `# <<< sddit`; everything
@@ -76,7 +76,7 @@ def parse_args(argv=None):
     parser.add_argument("--sample-every", type=int, default=10_000, help="steps between pictures; 0: none at all")
     parser.add_argument("--save-every", type=int, default=5_000, help="steps between saves of last.pt")
     parser.add_argument("--keep-every", type=int, default=50_000, help="steps between snapshots STEP.pt")
-    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count()), help="loader processes per rank")
+    parser.add_argument("--workers", type=int, help="loader processes (default: 4 if targets are read, else 0)")
     parser.add_argument("--init", metavar="CKPT", help="start from the EMA weights of this checkpoint where they fit")
     parser.add_argument("--bench", type=int, metavar="N", help="time N steps of the loop against bare steps, and exit")
     # >>> sddit
@@ -436,7 +436,8 @@ def main(argv=None):
 
     # Data: moments, labels and targets of this rank's micro-batches, from `step` on
     order = micro_batches(meta["count"], meta["views"], args.batch_size, micro, accumulation, rank, args.seed, step)
-    options = dict(num_workers=args.workers, pin_memory=cuda, collate_fn=default_convert)
+    workers = min(4, os.cpu_count()) * read_targets if args.workers is None else args.workers  # latents need no help
+    options = dict(num_workers=workers, pin_memory=cuda, collate_fn=default_convert)
     loader = iter(DataLoader(features, batch_sampler=order, **options))
     scale, shift = meta["latent_scale"], meta["latent_shift"]
 

@@ -9,7 +9,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the networks of the tests are too small for more
 
 
 def run(*command, processes=1, check=True, **environment):
