@@ -23,11 +23,16 @@ import shutil
 import sys
 import zipfile
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
+import huggingface_hub
 import numpy as np
+import safetensors.torch
+import timm
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 from numpy.lib.format import open_memmap
 from PIL import Image
@@ -48,7 +53,8 @@ class Images:
     ValueError for a source without usable images, and from `images[i]` for an unreadable one, which it names.
     """
 
-    def __init__(self, source):
+    def __init__(self, source, limit=None):
+        """`limit`: only so many images, evenly spread."""
         self.source, self.archive, self.pixels = Path(source), None, None
         if not self.source.exists():
             raise ValueError(f"--data {source}: no such file or folder")
@@ -56,6 +62,12 @@ class Images:
             self._open_npz()
         else:
             self._list_files()
+        self.rows = np.arange(len(self.labels))
+        if limit is not None:
+            if not 1 <= limit <= len(self.rows):
+                raise ValueError(f"--limit {limit}: the source has {len(self.rows)} images")
+            self.rows = self.rows[np.linspace(0, len(self.rows) - 1, limit).astype(int)]
+            self.labels = self.labels[self.rows]
 
     def _open_npz(self):
         try:
@@ -96,6 +108,7 @@ class Images:
         return len(self.labels)
 
     def __getitem__(self, i):
+        i = self.rows[i]
         if self.pixels is not None:
             return Image.fromarray(self.pixels[i])
         try:
@@ -144,14 +157,162 @@ class Pixels:
         return latents
 
 
-def load_autoencoder(name):
-    """The autoencoder called `name`: `channels, downsampling, scale, shift, encode, decode`. ValueError if unknown.
+class ResnetBlock(nn.Module):
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(32, c_in, eps=1e-6), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(32, c_out, eps=1e-6), nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
 
-    A model sees (latent - shift) * scale.
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all positions with one head."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(32, c, eps=1e-6)
+        self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
+        self.to_out = nn.ModuleList([nn.Linear(c, c)])
+
+    def forward(self, x):
+        h = self.group_norm(x).flatten(2).mT.unsqueeze(1)                         # (N, 1, H W, C)
+        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
+        return x + self.to_out[0](h).squeeze(1).mT.reshape(x.shape)
+
+
+class Resample(nn.Module):
+    """Halve (padded at the right and the bottom only) or double the sides, with a convolution."""
+
+    def __init__(self, c, up):
+        super().__init__()
+        self.up, self.conv = up, nn.Conv2d(c, c, 3, padding=1) if up else nn.Conv2d(c, c, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0) if self.up else F.pad(x, (0, 1, 0, 1)))
+
+
+class Stage(nn.Module):
+    """Residual blocks, attention between the two of the middle stage, and a change of resolution after the others."""
+
+    def __init__(self, channels, attention=False, resample=None):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(a, b) for a, b in pairwise(channels))
+        if attention:
+            self.attentions = nn.ModuleList([AttentionBlock(channels[-1])])
+        if resample:
+            setattr(self, resample, nn.ModuleList([Resample(channels[-1], up=resample == "upsamplers")]))
+
+    def forward(self, x):
+        layers = list(self.resnets)
+        for name, place in (("attentions", 1), ("downsamplers", len(layers)), ("upsamplers", len(layers))):
+            layers[place:place] = getattr(self, name, [])
+        for layer in layers:
+            x = layer(x)
+        return x
+
+
+class Coder(nn.Module):
+    """The encoder or the decoder: convolution, stages (the middle one last or first), normalised convolution."""
+
+    def __init__(self, c_in, c_out, channels, up):
+        super().__init__()
+        widths = channels[::-1] if up else channels
+        kind, blocks = ("upsamplers", 3) if up else ("downsamplers", 2)
+        stages = nn.ModuleList()
+        for i, (before, c) in enumerate(zip([widths[0], *widths], widths, strict=False)):
+            stages.append(Stage([before] + [c] * blocks, resample=kind if i < len(widths) - 1 else None))
+        self.conv_in = nn.Conv2d(c_in, widths[0], 3, padding=1)
+        self.mid_block = Stage([channels[-1]] * 3, attention=True)
+        setattr(self, "up_blocks" if up else "down_blocks", stages)
+        self.order = [self.mid_block, *stages] if up else [*stages, self.mid_block]  # a list: no modules of its own
+        self.conv_norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], c_out, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for stage in self.order:
+            x = stage(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class AutoencoderKL(nn.Module):
+    """Stable Diffusion's autoencoder (arXiv 2112.10752): images of sides divisible by 8 <-> latents of 4 channels.
+
+    Module names are diffusers'. sd-vae-ft-mse and sd-vae-ft-ema have the same encoder.
+    """
+
+    channels, downsampling, scale, shift = 4, 8, 0.18215, 0.0
+    pixels_at_once = 16 * 256 * 256  # a slice of the batch: 512 px fit a small GPU
+
+    def __init__(self, channels=(128, 256, 512, 512)):
+        super().__init__()
+        self.encoder, self.quant_conv = Coder(3, 8, channels, up=False), nn.Conv2d(8, 8, 1)
+        self.decoder, self.post_quant_conv = Coder(4, 3, channels, up=True), nn.Conv2d(4, 4, 1)
+        self.eval().requires_grad_(False)
+
+    def slices(self, batch, side):
+        return batch.split(max(1, self.pixels_at_once // side**2))
+
+    def encode(self, images):
+        """Images [N, 3, H, W] in [-1, 1] -> mean and standard deviation [N, 4, H/8, W/8] of the latents, not scaled."""
+        moments = [self.quant_conv(self.encoder(x)) for x in self.slices(images, max(images.shape[2:]))]
+        mean, log_variance = torch.cat(moments).chunk(2, dim=1)
+        return mean, torch.exp(0.5 * log_variance.clamp(-30, 20))
+
+    def decode(self, latents):
+        """Latents [N, 4, h, w], not scaled -> images [N, 3, 8 h, 8 w], about in [-1, 1]."""
+        parts = self.slices(latents, 8 * max(latents.shape[2:]))
+        return torch.cat([self.decoder(self.post_quant_conv(z)) for z in parts])
+
+
+def read_weights(path):
+    """The state dict of a .safetensors or PyTorch file. ValueError if it is no such file."""
+    try:
+        if str(path).endswith(".safetensors"):
+            return safetensors.torch.load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the readers meet in a foreign or damaged file
+        raise ValueError(f"{path}: not readable as weights ({str(error).splitlines()[0]})") from None
+
+
+def load_autoencoder(name, device="cpu"):
+    """`name`: none, a hub repository, or a local folder or file with the weights of Stable Diffusion's autoencoder.
+
+    The result has `channels, downsampling, scale, shift, encode, decode`; a model sees (latent - shift) * scale.
+    ValueError if the weights cannot be had or are of another architecture.
     """
     if name == "none":
         return Pixels()
-    raise ValueError(f"--vae {name!r}: unknown autoencoder; known: none (pixels are the latents)")
+    path, names = Path(name), ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+    if path.is_dir():
+        path = next((path / name for name in names if (path / name).exists()), None)
+        if path is None:
+            raise ValueError(f"--vae {name}: the folder holds neither {names[0]} nor {names[1]}")
+    elif not path.is_file():
+        try:
+            path = huggingface_hub.hf_hub_download(name, names[0])
+        except Exception as error:  # no network, no such repository, no such file: a zoo of types
+            reason = f"cannot be downloaded ({str(error).splitlines()[0]})"
+            raise ValueError(f"--vae {name}: {reason}; pass a folder or file with its {names[0]}") from None
+    renamed = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # older files
+    state = {}
+    for key, value in read_weights(path).items():
+        for old, new in renamed.items():
+            key = key.replace(f"attentions.0.{old}.", f"attentions.0.{new}.")
+        state[key] = value.flatten(1) if "attentions.0.to_" in key and value.ndim == 4 else value
+    autoencoder = AutoencoderKL()
+    try:
+        autoencoder.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise ValueError(f"--vae {name}: weights of another architecture ({reason[:200]})") from None
+    return autoencoder.to(device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -186,13 +347,66 @@ class HOG:
         return F.normalize(F.pad(blocks, (0, 1), value=self.floor), dim=-1)       # (N, T, F)
 
 
-def load_encoder(name, grid):
-    """The encoder called `name` for grid x grid tokens: uint8 [N, 3, H, W] -> [N, T, sum of `widths`], or None."""
-    if name == "none":
+class ViT:
+    """Patch tokens of a frozen timm ViT on a grid x grid raster, as REPA takes them (arXiv 2410.06940).
+
+    The image is normalised as the encoder's training did, then scaled to grid x patch pixels (bicubic, no antialias);
+    timm resamples the position table once (bicubic, antialias). Class and register tokens are dropped. Tokens of the
+    last block pass the final norm, except those of MAE and CLIP, as in REPA. ValueError if weights cannot be had.
+    """
+
+    def __init__(self, name, grid, weights=None, device="cpu"):
+        try:
+            with torch.device("meta"):
+                patch = timm.create_model(name).patch_embed.patch_size[0]
+        except (RuntimeError, AttributeError, ValueError) as error:
+            raise ValueError(f"--encoder {name}: not a ViT that timm knows ({str(error).splitlines()[0]})") from None
+        source = {"state_dict": read_weights(weights)} if weights else None
+        options = dict(num_classes=0, img_size=grid * patch, pretrained_cfg_overlay=source)
+        try:
+            self.model = timm.create_model(name, pretrained=True, **options).to(device).eval().requires_grad_(False)
+        except Exception as error:  # no network, or weights that do not fit: a zoo of types
+            reason = str(error).strip().splitlines()[0][:200]
+            if weights:
+                raise ValueError(f"--encoder-weights {weights}: not weights of {name} ({reason})") from None
+            reason = f"its weights cannot be downloaded ({reason})"
+            raise ValueError(f"--encoder {name}: {reason}; on an offline machine pass --encoder-weights FILE") from None
+        self.side, self.widths, self.device = grid * patch, [self.model.embed_dim], torch.device(device)
+        self.norm = not any(family in name for family in (".mae", "_clip_"))
+        config = timm.data.resolve_model_data_config(self.model)
+        self.mean, self.std = (torch.tensor(config[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
+
+    def __call__(self, images):                                                   # (N, 3, H, W) uint8
+        x = (images.float() / 255 - self.mean) / self.std
+        x = F.interpolate(x, size=(self.side, self.side), mode="bicubic")
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            options = dict(indices=1, norm=self.norm, output_fmt="NLC", intermediates_only=True)
+            return self.model.forward_intermediates(x, **options)[0].float()      # (N, T, F)
+
+
+class Several:
+    """Several encoders side by side: their tokens concatenated, `widths` says where to cut."""
+
+    def __init__(self, encoders):
+        self.encoders, self.widths = encoders, [width for encoder in encoders for width in encoder.widths]
+
+    def __call__(self, images):
+        return torch.cat([encoder(images) for encoder in self.encoders], dim=-1)
+
+
+def load_encoder(names, grid, weights=None, device="cpu"):
+    """`names`: none, or hog and timm ViTs with commas between; `weights`: files for the ViTs, likewise.
+
+    The result maps uint8 images [N, 3, H, W] to tokens [N, grid^2, sum of `widths`]; None for none.
+    """
+    if names == "none":
         return None
-    if name == "hog":
-        return HOG(grid)
-    raise ValueError(f"--encoder {name!r}: unknown encoder; known: hog, none")
+    names, files = names.split(","), weights.split(",") if weights else []
+    vits = [name for name in names if name != "hog"]
+    if files and len(files) != len(vits):
+        raise ValueError(f"--encoder-weights: {len(files)} files for {len(vits)} encoders with weights")
+    files = dict(zip(vits, files, strict=False))
+    return Several([HOG(grid) if name == "hog" else ViT(name, grid, files.get(name), device) for name in names])
 
 
 def to_int8(targets):
@@ -209,7 +423,8 @@ class CachedFeatures(Dataset):
 
     `features.__getitems__(indices)` returns a dict of arrays, one row per index:
         moments [n, 2C, h, w] float16, labels [n] int64, control [n, 7] int32, and with `targets` targets [n, T, F].
-    `features.meta` is meta.json. ValueError if `path` is no complete cache of this version, or lacks the targets.
+    `features.meta` is meta.json, `features.labels` [number of images] the labels; images that were skipped as
+    unreadable are not counted. ValueError if `path` is no complete cache of this version, or lacks the targets.
     """
 
     def __init__(self, path, targets=True):
@@ -235,13 +450,15 @@ class CachedFeatures(Dataset):
             if list(array.shape) != self.meta["arrays"][name]["shape"]:
                 raise ValueError(f"{path}/{name}.npy: shape {array.shape} is not that of meta.json; extract it again")
             self.arrays[name] = array if name == "labels" else array.reshape(-1, *array.shape[2:])
-        self.views = self.meta["views"]
+        self.views, self.rows = self.meta["views"], np.flatnonzero(self.arrays["labels"] >= 0)
+        self.labels = np.asarray(self.arrays["labels"])[self.rows]
 
     def __len__(self):
-        return self.meta["count"] * self.views
+        return len(self.rows) * self.views
 
     def __getitems__(self, indices):
         indices = np.asarray(indices)
+        indices = self.rows[indices // self.views] * self.views + indices % self.views
         order = np.argsort(indices)
         batch = {}
         for name, array in self.arrays.items():
@@ -260,7 +477,7 @@ class CachedFeatures(Dataset):
 
 class Chunks(Dataset):
     """Item c: the views of images c * size .. (c+1) * size - 1 as uint8 [n, V, 3, S, S], their control rows [n, V, 7],
-    and an error text, empty when all is well (an exception would cross the worker's process as a traceback)."""
+    and a dict of the unreadable ones, index -> error (an exception would leave the worker as a traceback)."""
 
     def __init__(self, images, size, image_size, flip):
         self.images, self.size, self.image_size, self.flip = images, size, image_size, flip
@@ -269,17 +486,17 @@ class Chunks(Dataset):
         return -(-len(self.images) // self.size)
 
     def __getitem__(self, chunk):
-        pixels, control = [], []
+        pixels, control, bad = [], [], {}
         for i in range(chunk * self.size, min((chunk + 1) * self.size, len(self.images))):
             try:
                 image = self.images[i]
             except ValueError as error:
-                return chunk, None, None, str(error)
+                image, bad[i] = Image.new("RGB", (self.image_size, self.image_size)), str(error)
             view = np.asarray(center_crop(image, self.image_size)).transpose(2, 0, 1)
             views = [view, view[:, :, ::-1]] if self.flip else [view]
             pixels.append(np.stack(views))
             control.append([(*center_box(image), flip) for flip in range(len(views))])
-        return chunk, np.stack(pixels), np.array(control, dtype=np.int32), ""
+        return chunk, np.stack(pixels), np.array(control, dtype=np.int32), bad
 
 
 class ArrayFile:
@@ -304,7 +521,7 @@ def start_cache(out, meta, labels):
     if the disk is too small. `progress.npy` [number of chunks] marks what is written; it is made last."""
     meta_file, arrays = out / "meta.json", meta["arrays"]
     if meta_file.exists():
-        found = json.loads(meta_file.read_text()) | {"complete": False}
+        found = json.loads(meta_file.read_text()) | {"complete": False, "skipped": []}
         different = [key for key in meta if found.get(key) != meta[key]]
         if different:
             key = different[0]
@@ -340,12 +557,15 @@ def extract(out, meta, images, autoencoder, encoder, args, rank, world, device):
     todo = [chunk for chunk in np.flatnonzero(done == 0).tolist() if chunk % world == rank]
     chunks = Chunks(images, meta["chunk"], meta["image_size"], args.flip)
     loader = DataLoader(chunks, batch_size=None, sampler=todo, num_workers=args.workers)
-    files = {name: ArrayFile(out / f"{name}.npy") for name in meta["arrays"] if name != "labels"}
+    files = {name: ArrayFile(out / f"{name}.npy") for name in meta["arrays"]}
     progress = ArrayFile(out / "progress.npy")
     bar = tqdm(total=meta["count"], initial=int(done.sum()) * meta["chunk"], unit="img", disable=rank > 0)
-    for chunk, pixels, control, error in loader:
-        if error:
-            sys.exit(f"extract_features.py: {error}")
+    for chunk, pixels, control, bad in loader:
+        for i, error in bad.items():
+            if not args.skip_bad:
+                sys.exit(f"extract_features.py: {error}; repair or remove it, or pass --skip-bad")
+            tqdm.write(f"skipped: {error}", file=sys.stderr)
+            files["labels"].write(i, np.array([-1]))
         start, (n, views) = chunk * meta["chunk"], pixels.shape[:2]
         pixels = torch.as_tensor(pixels).flatten(0, 1).to(device)                 # (n V, 3, S, S) uint8
         moments = torch.cat(autoencoder.encode(pixels.float() / 127.5 - 1), dim=1)
@@ -364,6 +584,28 @@ def extract(out, meta, images, autoencoder, encoder, args, rank, world, device):
         bar.update(min(int(done.sum()) * meta["chunk"], meta["count"]) - bar.n)   # of all ranks
 
 
+def check_cache(path, size=1024):
+    """Read all of a cache and return a line that says what it holds. ValueError names what is missing or unsound."""
+    meta = CachedFeatures(path, targets=False).meta
+    features = CachedFeatures(path, targets="targets" in meta["arrays"])
+    if not len(features) or features.labels.max() >= len(meta["classes"]):
+        raise ValueError(f"{path}: labels that are no classes")
+    for start in tqdm(range(0, len(features), size), unit="chunk"):
+        batch = features.__getitems__(range(start, min(start + size, len(features))))
+        h0, w0, top, left, h, w, flip = batch["control"].T
+        std = batch["moments"][:, meta["latent_channels"] :]
+        sound = {
+            "moments": np.isfinite(batch["moments"]).all() and (std >= 0).all(),
+            "control": ((h > 0) & (w > 0) & (top >= 0) & (left >= 0) & (top + h <= h0) & (left + w <= w0)).all(),
+        }
+        if "targets" in batch:
+            tokens = batch["targets"].astype(np.float32)
+            sound["targets"] = np.isfinite(tokens).all() and (np.abs(tokens).max(-1) > 0).all()
+        for name in (name for name, good in sound.items() if not good):
+            raise ValueError(f"{path}: {name}.npy is unsound in views {start} to {start + size - 1}; extract it again")
+    return f"{path}: sound, {len(features):,} views of {len(features.labels):,} images"
+
+
 def describe(args, images, autoencoder, encoder):
     """The contents of meta.json."""
     count, views, side = len(images), 1 + args.flip, args.image_size // autoencoder.downsampling
@@ -379,6 +621,7 @@ def describe(args, images, autoencoder, encoder):
         format_version=FORMAT_VERSION,
         source=args.data,
         count=count,
+        limit=args.limit,
         classes=images.classes,
         image_size=args.image_size,
         views=views,
@@ -392,38 +635,53 @@ def describe(args, images, autoencoder, encoder):
         grid=grid,
         chunk=args.batch_size,
         arrays=arrays,
+        skipped=[],
         complete=False,
     )
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="folder of class folders, .zip of one, or ADM .npz")
-    parser.add_argument("--out", required=True, help="folder of the cache")
+    parser.add_argument("--data", help="folder of class folders, .zip of one, or ADM .npz")
+    parser.add_argument("--out", help="folder of the cache")
     parser.add_argument("--image-size", type=int, default=256, help="side of the square images, in pixels")
     parser.add_argument("--patch", type=int, default=2, help="patch size of the models to train: fixes the token grid")
     parser.add_argument("--vae", default="stabilityai/sd-vae-ft-mse", help="autoencoder, or none: pixels as latents")
-    parser.add_argument("--encoder", default="vit_base_patch14_dinov2.lvd142m", help="targets: an encoder, hog or none")
+    parser.add_argument("--encoder", default="vit_base_patch14_dinov2.lvd142m", help="timm ViT, hog, none, or A,B")
+    parser.add_argument("--encoder-weights", help="local file for --encoder, or files with commas between")
     parser.add_argument("--target-dtype", choices=["float16", "int8"], default="float16", help="int8 halves the disk")
     parser.add_argument("--flip", action="store_true", help="also encode the mirrored image, as a second view")
+    parser.add_argument("--limit", type=int, help="only this many images, evenly spread over the source")
+    parser.add_argument("--skip-bad", action="store_true", help="leave unreadable images out instead of stopping")
+    parser.add_argument("--check", metavar="DIR", help="prove that a cache is complete and sound, and exit")
     parser.add_argument("--batch-size", type=int, default=64, help="images encoded and marked as done together")
     workers = min(4, os.cpu_count())
     parser.add_argument("--workers", type=int, default=workers, help="processes that decode images, per rank")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.check and not (args.data and args.out):
+        parser.error("--data and --out are needed, or --check DIR")
+    return args
 
 
 def main(argv=None):
     args = parse_args(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
+    if args.check:
+        try:
+            print(check_cache(args.check))
+        except (ValueError, OSError) as error:
+            sys.exit(f"extract_features.py: {error}")
+        return
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=1))  # nothing but barriers, and ranks may be uneven
     try:
-        images, autoencoder = Images(args.data), load_autoencoder(args.vae)
+        images, autoencoder = Images(args.data, args.limit), load_autoencoder(args.vae, device)
         step = autoencoder.downsampling * args.patch
         if min(args.image_size, args.patch, args.batch_size) < 1 or args.image_size % step:
-            raise ValueError(f"--image-size {args.image_size} must be a multiple of downsampling x --patch = {step}")
-        encoder = load_encoder(args.encoder, grid=args.image_size // step)
+            fits = f"{max(args.image_size // step, 1) * step} or {(args.image_size // step + 1) * step}"
+            raise ValueError(f"--image-size {args.image_size} must be a multiple of downsampling x --patch, say {fits}")
+        encoder = load_encoder(args.encoder, args.image_size // step, args.encoder_weights, device)
         out, meta = Path(args.out), describe(args, images, autoencoder, encoder)
         if rank == 0:
             start_cache(out, meta, images.labels)
@@ -438,9 +696,11 @@ def main(argv=None):
         dist.barrier()
         dist.destroy_process_group()
     if rank == 0:
-        write_json(out / "meta.json", meta | {"complete": True})
+        skipped = np.flatnonzero(np.load(out / "labels.npy") < 0).tolist()
+        write_json(out / "meta.json", meta | {"complete": True, "skipped": skipped})
         (out / "progress.npy").unlink(missing_ok=True)
-        print(f"{out}: complete, {meta['count']:,} images of {len(meta['classes']):,} classes")
+        without = f", without {len(skipped)} unreadable ones" if skipped else ""
+        print(f"{out}: complete, {meta['count']:,} images of {len(meta['classes']):,} classes{without}")
 
 
 if __name__ == "__main__":

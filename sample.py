@@ -141,16 +141,29 @@ def guided(model, y, scale=1.0, interval=None, guide=None):
 
 
 def read_checkpoint(path):
-    """The dict of a checkpoint of the training scripts, on the CPU. ValueError if the file is missing or foreign."""
+    """The dict of a checkpoint of the training scripts, on the CPU; those of REPA and SiT are brought into its form.
+
+    ValueError if the file is missing, unreadable or another thing.
+    """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # REPA's and SiT's scripts save their arguments
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
     except Exception as error:  # whatever the reader meets in a foreign or damaged file
         raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from None
-    if not isinstance(checkpoint, dict) or not {"model", "ema", "config", "data", "step"} <= checkpoint.keys():
-        raise ValueError(f"{path}: not a checkpoint of these training scripts")
-    return checkpoint
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path}: not a checkpoint")
+    if {"model", "ema", "config", "data", "step"} <= checkpoint.keys():
+        return checkpoint
+    try:
+        config, state = dit.from_official(checkpoint.get("ema", checkpoint))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    vae, scale = "stabilityai/sd-vae-ft-ema", 0.18215
+    data = dict(vae=vae, latent_scale=scale, latent_shift=0.0, image_size=8 * config["input_size"])
+    data["classes"] = [str(i) for i in range(config["num_classes"])]
+    return dict(model=state, ema=state, config=config, data=data, step=checkpoint.get("steps"), args={"ema": 0.9999})
 
 
 def load_model(path, weights="ema", device="cpu"):
@@ -262,6 +275,8 @@ def parse_args(argv=None):
     parser.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels to guide at")
     parser.add_argument("--guide", help="checkpoint of a weaker model: autoguidance instead of the null class")
     parser.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged or raw weights")
+    parser.add_argument("--model", help="SIZE/PATCH the checkpoint must have, e.g. XL/2 (it is recognised without)")
+    parser.add_argument("--vae", help="another autoencoder than the cache's, e.g. stabilityai/sd-vae-ft-ema")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=64, help="images at once, per process")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the network, not the state")
@@ -314,6 +329,10 @@ def main(argv=None):
     folder = target.with_name(target.name + ".partial")
     try:
         model, checkpoint = load_model(args.checkpoint, args.weights, device)
+        config = checkpoint["config"]
+        if args.model and not dit.parse_model(args.model).items() <= config.items():
+            found = f"{config['depth']} blocks of width {config['hidden_size']}, patch {config['patch_size']}"
+            raise ValueError(f"--model {args.model}: the checkpoint has {found}")
         guide = load_model(args.guide, args.weights, device)[0] if args.guide else None
         args.sampler, args.steps = choose_sampler(model, args.sampler, args.steps)
         data, num_classes = checkpoint["data"], len(checkpoint["data"]["classes"])
@@ -323,7 +342,7 @@ def main(argv=None):
             raise ValueError(f"--cfg {args.cfg}: the model was trained without label dropout and has no null class")
         if args.out and target.exists():
             raise ValueError(f"--out {args.out} exists; delete it or choose another name")
-        autoencoder = load_autoencoder(data["vae"])
+        autoencoder = load_autoencoder(args.vae or data["vae"], device)
         protocol = dict(
             sampler=args.sampler,
             steps=args.steps,
@@ -337,7 +356,7 @@ def main(argv=None):
             ema=checkpoint["args"]["ema"],
             checkpoint=file_hash(args.checkpoint),
             train_step=checkpoint["step"],
-            vae=data["vae"],
+            vae=args.vae or data["vae"],
             image_size=data["image_size"],
             precision=args.precision,
             rounding="nearest",

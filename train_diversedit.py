@@ -198,7 +198,7 @@ def report_cka(model, features, seed, path, images=1024, micro=128):
     of their off-diagonal entries by t.
     """
     device, meta, depth = model.pos_embed.device, features.meta, len(model.blocks)
-    by_class = np.argsort(features.arrays["labels"], kind="stable")
+    by_class = np.argsort(features.labels, kind="stable")
     chosen = by_class[np.linspace(0, len(by_class) - 1, min(images, len(by_class))).astype(int)]
     batch = features.__getitems__(chosen * meta["views"])
     mean = torch.as_tensor(batch["moments"]).float()[:, : meta["latent_channels"]]
@@ -352,8 +352,9 @@ def main(argv=None):
         # <<< diversedit
         features = CachedFeatures(args.data, targets=read_targets)
         meta = features.meta
-        if args.batch_size > meta["count"]:
-            raise ValueError(f"--batch-size {args.batch_size} is larger than the {meta['count']} images of {args.data}")
+        images = len(features.labels)
+        if args.batch_size > images:
+            raise ValueError(f"--batch-size {args.batch_size} is larger than the {images} images of {args.data}")
         side, channels, classes = meta["latent_side"], meta["latent_channels"], len(meta["classes"])
         config = arch | dict(input_size=side, in_channels=channels, num_classes=classes) | dit.parse_model(args.model)
         torch.manual_seed(args.seed)
@@ -364,7 +365,7 @@ def main(argv=None):
             if rank == 0:
                 print(message)
         objective = Objective(model, args, meta).to(device)
-        autoencoder = load_autoencoder(meta["vae"]) if rank == 0 and args.sample_every else None
+        autoencoder = load_autoencoder(meta["vae"], device) if rank == 0 and args.sample_every else None
 
         # Resume, or start at step 0
         step, checkpoint = 0, None
@@ -397,7 +398,7 @@ def main(argv=None):
         wrapped = DistributedDataParallel(objective, device_ids=[device] if cuda else None, broadcast_buffers=False)
 
     # Data: moments, labels and targets of this rank's micro-batches, from `step` on
-    order = micro_batches(meta["count"], meta["views"], args.batch_size, micro, accumulation, rank, args.seed, step)
+    order = micro_batches(images, meta["views"], args.batch_size, micro, accumulation, rank, args.seed, step)
     workers = min(4, os.cpu_count()) * read_targets if args.workers is None else args.workers  # latents need no help
     options = dict(num_workers=workers, pin_memory=cuda, collate_fn=default_convert)
     loader = iter(DataLoader(features, batch_sampler=order, **options))

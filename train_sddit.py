@@ -162,7 +162,7 @@ class Objective(nn.Module):
             raise ValueError("--tau-s and --tau-t must be positive, and --prototypes at least 2")
         self.model, self.weight, self.tau_s, self.tau_range = model, args.sd_weight, args.tau_s, args.tau_t
         self.teacher_noise = args.teacher_noise
-        self.steps, self.epoch_steps = args.steps, meta["count"] // args.batch_size
+        self.steps, self.epoch_steps = args.steps, (meta["count"] - len(meta["skipped"])) // args.batch_size
         if self.weight == 0:
             return
         from copy import deepcopy  # the module's imports are those of the other scripts
@@ -390,8 +390,9 @@ def main(argv=None):
         # <<< sddit
         features = CachedFeatures(args.data, targets=read_targets)
         meta = features.meta
-        if args.batch_size > meta["count"]:
-            raise ValueError(f"--batch-size {args.batch_size} is larger than the {meta['count']} images of {args.data}")
+        images = len(features.labels)
+        if args.batch_size > images:
+            raise ValueError(f"--batch-size {args.batch_size} is larger than the {images} images of {args.data}")
         side, channels, classes = meta["latent_side"], meta["latent_channels"], len(meta["classes"])
         config = arch | dict(input_size=side, in_channels=channels, num_classes=classes) | dit.parse_model(args.model)
         torch.manual_seed(args.seed)
@@ -402,7 +403,7 @@ def main(argv=None):
             if rank == 0:
                 print(message)
         objective = Objective(model, args, meta).to(device)
-        autoencoder = load_autoencoder(meta["vae"]) if rank == 0 and args.sample_every else None
+        autoencoder = load_autoencoder(meta["vae"], device) if rank == 0 and args.sample_every else None
 
         # Resume, or start at step 0
         step, checkpoint = 0, None
@@ -435,7 +436,7 @@ def main(argv=None):
         wrapped = DistributedDataParallel(objective, device_ids=[device] if cuda else None, broadcast_buffers=False)
 
     # Data: moments, labels and targets of this rank's micro-batches, from `step` on
-    order = micro_batches(meta["count"], meta["views"], args.batch_size, micro, accumulation, rank, args.seed, step)
+    order = micro_batches(images, meta["views"], args.batch_size, micro, accumulation, rank, args.seed, step)
     workers = min(4, os.cpu_count()) * read_targets if args.workers is None else args.workers  # latents need no help
     options = dict(num_workers=workers, pin_memory=cuda, collate_fn=default_convert)
     loader = iter(DataLoader(features, batch_sampler=order, **options))

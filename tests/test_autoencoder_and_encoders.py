@@ -1,0 +1,415 @@
+"""Stable Diffusion's autoencoder, timm encoders, difficult images, checks of a cache, official checkpoints."""
+
+import argparse
+import functools
+import json
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from PIL import Image
+from seeded import fill, uniform
+
+import dit
+import extract_features as ef
+import sample
+import train_repa
+
+GOLDEN = np.load(Path(__file__).with_name("golden_vae.npz"))
+CHANNELS = (32, 64, 64, 96)
+
+
+@pytest.fixture
+def small_vae(monkeypatch):
+    """The autoencoder with a quarter of the channels, everywhere."""
+    small = functools.partialmethod(ef.AutoencoderKL.__init__, CHANNELS)
+    monkeypatch.setattr(ef.AutoencoderKL, "__init__", small)
+    autoencoder = ef.AutoencoderKL()
+    autoencoder.load_state_dict(fill(autoencoder.state_dict()))
+    return autoencoder
+
+
+@pytest.fixture
+def small_vits(monkeypatch):
+    """Every timm model with two blocks of width 64: the families differ in everything else."""
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", functools.partial(create, depth=2, embed_dim=64, num_heads=2))
+    return timm.create_model
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+# --- autoencoder
+
+
+def test_autoencoder_parameters():
+    with torch.device("meta"):
+        state = ef.AutoencoderKL().state_dict()
+    assert len(state) == 248 and sum(value.numel() for value in state.values()) == 83_653_863
+    assert state["encoder.down_blocks.1.resnets.0.conv_shortcut.weight"].shape == (256, 128, 1, 1)
+    assert state["decoder.up_blocks.2.upsamplers.0.conv.weight"].shape == (256, 256, 3, 3)
+    assert state["encoder.mid_block.attentions.0.to_out.0.weight"].shape == (512, 512)
+
+
+def test_autoencoder_is_diffusers(small_vae):
+    """Golden values of diffusers' AutoencoderKL with the same weights, on images that are not square."""
+    mean, std = small_vae.encode(uniform("images", (2, 3, 16, 24)))
+    np.testing.assert_allclose(mean, GOLDEN["mean"], atol=1e-5)
+    np.testing.assert_allclose(std, GOLDEN["std"], atol=1e-5)
+    np.testing.assert_allclose(small_vae.decode(uniform("latents", (2, 4, 2, 3), -2, 2)), GOLDEN["decoded"], atol=5e-5)
+
+
+def test_slices_do_not_matter(small_vae, monkeypatch):
+    images, latents = uniform("images", (3, 3, 16, 16)), uniform("latents", (3, 4, 2, 2))
+    whole = (*small_vae.encode(images), small_vae.decode(latents))
+    sizes = []
+    small_vae.encoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    monkeypatch.setattr(ef.AutoencoderKL, "pixels_at_once", 2 * 16 * 16)
+    for a, b in zip(whole, (*small_vae.encode(images), small_vae.decode(latents)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    assert sizes == [2, 1]
+
+
+def test_both_key_dialects_and_all_kinds_of_files(small_vae, tmp_path):
+    state = small_vae.state_dict()
+    old = {}
+    for key, value in state.items():
+        for new, name in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            key = key.replace(f"attentions.0.{new}", f"attentions.0.{name}")
+        old[key] = value[:, :, None, None] if "attentions" in key and value.ndim == 2 else value
+    assert "decoder.mid_block.attentions.0.proj_attn.weight" in old
+    (tmp_path / "folder").mkdir()
+    safetensors.torch.save_file(state, tmp_path / "folder" / "diffusion_pytorch_model.safetensors")
+    torch.save(old, tmp_path / "old.bin")
+    for name in ("folder", "old.bin", "folder/diffusion_pytorch_model.safetensors"):
+        loaded = ef.load_autoencoder(str(tmp_path / name)).state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in loaded.items())
+
+
+def test_autoencoder_complaints(small_vae, tmp_path, no_network):
+    def complain(name):
+        with pytest.raises(ValueError) as error:
+            ef.load_autoencoder(str(name))
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    offline = complain("stabilityai/sd-vae-ft-mse")
+    assert "cannot be downloaded" in offline and "pass a folder or file" in offline
+    (tmp_path / "empty").mkdir()
+    assert "the folder holds neither" in complain(tmp_path / "empty")
+    torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "other.pt")
+    assert "weights of another architecture" in complain(tmp_path / "other.pt")
+    (tmp_path / "text.safetensors").write_text("hello")
+    assert "not readable as weights" in complain(tmp_path / "text.safetensors")
+
+
+# --- encoders
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+FAMILIES = [  # name, patch, tokens before the patches, normalisation, does the last block pass the final norm
+    ("vit_small_patch14_dinov2.lvd142m", 14, 1, IMAGENET, True),
+    ("vit_base_patch14_reg4_dinov2.lvd142m", 14, 5, IMAGENET, True),
+    ("vit_base_patch16_224.dino", 16, 1, IMAGENET, True),
+    ("vit_large_patch16_224.mae", 16, 1, IMAGENET, False),
+    ("vit_large_patch14_clip_224.openai", 14, 1, CLIP, False),
+    ("vit_base_patch16_siglip_224.webli", 16, 0, HALF, True),
+    ("vit_huge_patch14_gap_224.in1k_ijepa", 14, 0, IMAGENET, True),
+]
+
+
+@pytest.mark.parametrize("name, patch, prefix, normalisation, norm", FAMILIES, ids=lambda value: str(value)[:40])
+def test_encoder_families(name, patch, prefix, normalisation, norm, small_vits, tmp_path):
+    """Tokens equal a direct timm call on a tensor prepared by hand, from weights at the family's own resolution."""
+    torch.manual_seed(0)
+    native = small_vits(name, num_classes=0)
+    for parameter in native.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    torch.save(native.state_dict(), tmp_path / "weights.pt")
+    encoder = ef.load_encoder(name, 4, str(tmp_path / "weights.pt"))
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    tokens = encoder(images)
+    assert tokens.shape == (2, 16, 64) and encoder.widths == [64] and tokens.dtype == torch.float32
+
+    direct = small_vits(name, num_classes=0, img_size=4 * patch)
+    state = dict(native.state_dict())
+    if state["pos_embed"].shape != direct.pos_embed.shape:
+        table = 0 if getattr(direct, "no_embed_class", False) else prefix  # rows of the table before the patches
+        grid, side = state["pos_embed"][:, table:], int((state["pos_embed"].shape[1] - table) ** 0.5)
+        grid = grid.reshape(1, side, side, 64).permute(0, 3, 1, 2)
+        grid = torch.nn.functional.interpolate(grid, size=(4, 4), mode="bicubic", antialias=True)
+        state["pos_embed"] = torch.cat([state["pos_embed"][:, :table], grid.flatten(2).mT], dim=1)
+    direct.load_state_dict(state)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in normalisation)
+    x = torch.stack([(image / 255.0 - mean) / std for image in images])
+    x = torch.nn.functional.interpolate(x, size=(4 * patch, 4 * patch), mode="bicubic", align_corners=False)
+    outputs = []
+    direct.blocks[-1].register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    with torch.no_grad():
+        final = direct.eval().forward_features(x)[:, prefix:]
+    expected = final if norm else outputs[0][:, prefix:]
+    torch.testing.assert_close(tokens, expected.detach(), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(final, outputs[0][:, prefix:], atol=1e-2), "the norm makes a difference"
+    assert not any(parameter.requires_grad for parameter in encoder.encoders[0].model.parameters())
+
+
+def test_grid_at_512_pixels(small_vits, tmp_path):
+    """512 px: 32 x 32 tokens, a teacher that sees 448 px."""
+    native = small_vits("vit_small_patch14_dinov2.lvd142m", num_classes=0)
+    torch.save(native.state_dict(), tmp_path / "weights.pt")
+    encoder = ef.load_encoder("vit_small_patch14_dinov2.lvd142m", 32, str(tmp_path / "weights.pt"))
+    assert encoder.encoders[0].side == 448
+    assert encoder(torch.zeros(1, 3, 512, 512, dtype=torch.uint8)).shape == (1, 1024, 64)
+
+
+def test_encoder_complaints(small_vits, tmp_path, no_network, monkeypatch):
+    def complain(*arguments):
+        with pytest.raises(ValueError) as error:
+            ef.load_encoder(*arguments)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    name = "vit_small_patch14_dinov2.lvd142m"
+    offline = complain(name, 4)
+    assert "cannot be downloaded" in offline and "pass --encoder-weights FILE" in offline
+    torch.save({"blocks.0.attn.qkv.weight": torch.zeros(3)}, tmp_path / "other.pt")
+    assert "not weights of" in complain(name, 4, str(tmp_path / "other.pt"))
+    assert "not a ViT that timm knows" in complain("vit_of_my_dreams", 4)
+    assert "1 files for 2 encoders" in complain(f"{name},hog,vit_base_patch16_224.dino", 4, "one.pt")
+    monkeypatch.undo()  # a ResNet has no depth to change
+    assert "not a ViT that timm knows" in complain("resnet50", 4)
+
+
+# --- images that ADM's loader would take
+
+
+def test_difficult_images(tmp_path):
+    """Modes, depths, orientations and shapes: as PIL's conversion to RGB, orientation tags ignored, as in ADM."""
+    folder = tmp_path / "src" / "all"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    colour = Image.fromarray(rng.integers(0, 256, (40, 30, 3), dtype=np.uint8))
+    deep = Image.fromarray(rng.integers(0, 65536, (20, 20), dtype=np.uint16))
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                              # to be turned by 90 degrees
+    pictures = {
+        "alpha.png": colour.convert("RGBA"),
+        "bilevel.png": colour.convert("1"),
+        "cmyk.jpg": colour.convert("CMYK"),
+        "deep.png": deep,
+        "grey.webp": colour.convert("L"),
+        "palette.png": colour.convert("P"),
+        "rotated.jpg": colour,
+        "tiny.png": colour.crop((0, 0, 1, 2)),
+        "wide.png": colour.resize((400, 3)),
+    }
+    for name, picture in pictures.items():
+        picture.save(folder / name, **({"exif": exif} if name == "rotated.jpg" else {}))
+    images = ef.Images(tmp_path / "src")
+    for i, name in enumerate(sorted(pictures)):
+        with Image.open(folder / name) as stored:
+            assert np.array_equal(images[i], stored.convert("RGB")), name
+        assert ef.center_crop(images[i], 16).size == (16, 16), name
+    assert images[6].size == (30, 40), "rotated.jpg"
+
+
+# --- extraction
+
+
+def extract(data, out, *options):
+    base = ["--data", data, "--out", out, "--image-size", 16, "--patch", 1, "--workers", 0, "--batch-size", 4]
+    ef.main([str(option) for option in (*base, *options)])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(2)
+    for label in "abc":
+        (tmp_path / "src" / label).mkdir(parents=True)
+        for i in range(4):
+            image = Image.fromarray(rng.integers(0, 256, (20, 17 + i, 3), dtype=np.uint8))
+            image.save(tmp_path / "src" / label / f"{i}.png")
+    return tmp_path / "src"
+
+
+def test_extraction_with_autoencoder_and_two_encoders(folder, tmp_path, small_vae, small_vits):
+    """Moments and targets of every view are those of the crop, and a run with two projectors trains on them."""
+    torch.save(small_vae.state_dict(), tmp_path / "vae.pt")
+    name = "vit_small_patch14_dinov2.lvd142m"
+    torch.manual_seed(0)
+    torch.save(timm.create_model(name, num_classes=0).state_dict(), tmp_path / "vit.pt")
+    encoders = ["--encoder", f"hog,{name}", "--encoder-weights", tmp_path / "vit.pt"]
+    extract(folder, tmp_path / "out", "--vae", tmp_path / "vae.pt", *encoders, "--flip")
+    features = ef.CachedFeatures(tmp_path / "out")
+    assert features.meta["latent_scale"] == 0.18215 and features.meta["target_widths"] == [82, 64]
+    batch = features.__getitems__([9])                                            # image 4, mirrored
+    crop = np.asarray(ef.center_crop(ef.Images(folder)[4], 16)).transpose(2, 0, 1)[:, :, ::-1].copy()
+    mean, std = small_vae.encode(torch.from_numpy(crop)[None] / 127.5 - 1)
+    np.testing.assert_allclose(batch["moments"][0], torch.cat([mean, std], 1)[0], atol=2e-3)
+    tokens = ef.load_encoder(name, 2, str(tmp_path / "vit.pt"))(torch.from_numpy(crop)[None])[0]
+    np.testing.assert_allclose(batch["targets"][0, :, 82:], tokens, atol=1e-2)
+    np.testing.assert_allclose(batch["targets"][0, :, :82], ef.HOG(2)(torch.from_numpy(crop)[None])[0], atol=1e-3)
+    assert "12 images" in ef.check_cache(tmp_path / "out")
+    run = "--model nano/1 --steps 2 --batch-size 8 --workers 0".split()
+    train_repa.main(["--data", str(tmp_path / "out"), "--out", str(tmp_path / "run"), *run])
+    heads = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["heads"]
+    assert [len(heads[f"alignment.projectors.{k}.4.bias"]) for k in (0, 1)] == [82, 64]
+    assert Image.open(tmp_path / "run" / "samples-0000002.png").size == (3 * 48, 4 * 48)
+
+
+def test_int8_targets_of_an_encoder_barely_move_the_loss(small_vits):
+    torch.manual_seed(0)
+    targets, projected = torch.randn(64, 16, 768) * torch.rand(64, 16, 1) * 5, torch.randn(64, 16, 768)
+    projected = projected + targets
+    small = ef.to_int8(targets)
+    cosine = torch.nn.functional.cosine_similarity(small.float(), targets, dim=-1)
+    assert cosine.min() >= 0.9995
+    losses = [train_repa.repa_loss([projected], [z]).item() for z in (targets, small)]
+    assert losses[0] < -0.5 and losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
+def test_limit_takes_an_even_part(folder, tmp_path):
+    extract(folder, tmp_path / "out", "--vae", "none", "--encoder", "none", "--limit", 6)
+    features = ef.CachedFeatures(tmp_path / "out", targets=False)
+    assert features.labels.tolist() == [0, 0, 1, 1, 2, 2] and features.meta["classes"] == ["a", "b", "c"]
+    with pytest.raises(SystemExit, match="--limit 13: the source has 12 images"):
+        extract(folder, tmp_path / "more", "--vae", "none", "--encoder", "none", "--limit", 13)
+
+
+def test_skip_bad(folder, tmp_path, capsys):
+    (folder / "b" / "2.png").write_bytes(b"no picture")
+    options = ["--vae", "none", "--encoder", "hog", "--flip"]
+    with pytest.raises(SystemExit, match="b/2.png .*repair or remove it, or pass --skip-bad"):
+        extract(folder, tmp_path / "out", *options)
+    extract(folder, tmp_path / "out", *options, "--skip-bad")                     # goes on where the other stopped
+    assert "skipped" in capsys.readouterr().err
+    features = ef.CachedFeatures(tmp_path / "out")
+    assert features.meta["skipped"] == [6] and len(features) == 22
+    assert features.labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
+    batch = features.__getitems__(range(22))
+    assert batch["labels"].tolist() == np.repeat(features.labels, 2).tolist()
+    crop = np.asarray(ef.center_crop(ef.Images(folder)[7], 16)).transpose(2, 0, 1)
+    np.testing.assert_allclose(batch["moments"][12, :3], crop / 127.5 - 1, atol=2**-11)
+    assert "11 images" in ef.check_cache(tmp_path / "out")
+
+
+def test_check_finds_damage(folder, tmp_path, capsys):
+    extract(folder, tmp_path / "out", "--vae", "none", "--encoder", "hog")
+    ef.main(["--check", str(tmp_path / "out")])
+    assert "sound, 12 views of 12 images" in capsys.readouterr().out
+
+    def damage(name, index, value):
+        array = np.load(tmp_path / "out" / name, mmap_mode="r+")
+        before, array[index] = array[index].copy(), value
+        array.flush()
+        with pytest.raises(SystemExit) as error:
+            ef.main(["--check", str(tmp_path / "out")])
+        array[index] = before
+        array.flush()
+        return str(error.value)
+
+    assert "moments.npy is unsound" in damage("moments.npy", (3, 0, 1, 2, 2), np.nan)
+    assert "moments.npy is unsound" in damage("moments.npy", (3, 0, 4, 2, 2), -1)
+    assert "targets.npy is unsound" in damage("targets.npy", (7, 0, 5), 0)
+    assert "control.npy is unsound" in damage("control.npy", (7, 0, 2), 1000)
+    assert "labels that are no classes" in damage("labels.npy", 2, 3)
+    ef.main(["--check", str(tmp_path / "out")])
+    with open(tmp_path / "out" / "targets.npy", "r+b") as file:
+        file.truncate(500)
+    with pytest.raises(SystemExit, match="targets.npy: unreadable"):
+        ef.main(["--check", str(tmp_path / "out")])
+
+
+# --- official checkpoints
+
+
+@pytest.fixture
+def official(monkeypatch):
+    """A small model in our convention and its state dict; the size is known as `small`."""
+    monkeypatch.setitem(dit.SIZES, "small", (4, 32, 4))
+    torch.manual_seed(0)
+    model = dit.DiT(input_size=8, **dit.parse_model("small/2"), num_classes=7).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model, model.state_dict()
+
+
+def eight_channels(state, second):
+    """The final layer of DiT and SiT: 8 channels per position, channel index fastest."""
+    out = dict(state)
+    for kind, tail in (("weight", (32,)), ("bias", ())):
+        four = state[f"final_layer.linear.{kind}"].view(4, 4, *tail)
+        other = torch.full_like(four, second)
+        out[f"final_layer.linear.{kind}"] = torch.cat([four, other], dim=1).reshape(32, *tail)
+    return out
+
+
+def inputs():
+    torch.manual_seed(1)
+    return torch.randn(3, 4, 8, 8), torch.rand(3), torch.tensor([0, 3, 7])
+
+
+def test_repa_file(official, tmp_path):
+    """REPA's last.pt: a bare state dict with projectors; the older files call the deeper blocks decoder_blocks."""
+    model, state = official
+    state = {**state, "projectors.0.0.weight": torch.zeros(5, 32)}
+    legacy = {}
+    for name, value in state.items():
+        for i in (2, 3):
+            name = name.replace(f"blocks.{i}.", f"decoder_blocks.{i - 2}.")
+        legacy[name] = value
+    assert "decoder_blocks.1.mlp.fc1.weight" in legacy and "blocks.3.mlp.fc1.weight" not in legacy
+    arguments = {"args": argparse.Namespace(model="SiT-XL/2"), "steps": 400_000, "opt": {}}
+    for content in (state, legacy, {"model": state, "ema": state, **arguments}):
+        torch.save(content, tmp_path / "last.pt")
+        loaded, checkpoint = sample.load_model(tmp_path / "last.pt")
+        expected = dict(arch="DiT", input_size=8, num_classes=7, in_channels=4, **dit.parse_model("small/2"))
+        assert checkpoint["config"] == expected
+        assert torch.equal(loaded(*inputs()), model(*inputs()))
+
+
+def test_sit_file(official, tmp_path):
+    """v_REPA(x, t) = - v_SiT(x, 1 - t), from the first four of SiT's eight channels."""
+    model, state = official
+    torch.save(eight_channels(state, 0.0), tmp_path / "SiT.pt")
+    loaded, _ = sample.load_model(tmp_path / "SiT.pt")
+    x, t, y = inputs()
+    torch.testing.assert_close(loaded(x, t, y), -model(x, 1 - t, y), rtol=1e-4, atol=1e-4)
+
+
+def test_dit_and_foreign_files_are_refused(official, tmp_path):
+    for content, reason in (
+        (eight_channels(official[1], 0.1), "a DiT checkpoint: it predicts the noise"),
+        ({"layer.weight": torch.zeros(1)}, "neither a checkpoint of these training scripts nor of REPA or SiT"),
+        ({k: v for k, v in official[1].items() if "blocks.3" not in k}, "3 blocks of width 32 are none of the sizes"),
+    ):
+        torch.save(content, tmp_path / "file.pt")
+        with pytest.raises(ValueError, match=reason):
+            sample.load_model(tmp_path / "file.pt")
+
+
+def test_sample_and_init_from_an_official_file(official, tmp_path, small_vae, folder, capsys):
+    torch.save(official[1], tmp_path / "official.pt")
+    torch.save(small_vae.state_dict(), tmp_path / "vae.pt")
+    options = [str(tmp_path / "official.pt"), "--num", "2", "--steps", "2", "--vae", str(tmp_path / "vae.pt")]
+    sample.main([*options, "--model", "small/2", "--out", str(tmp_path / "out.npz")])
+    with np.load(tmp_path / "out.npz") as file:
+        assert file["arr_0"].shape == (2, 64, 64, 3) and json.loads(str(file["protocol"]))["image_size"] == 64
+    with pytest.raises(SystemExit, match="--model B/2: the checkpoint has 4 blocks of width 32, patch 2"):
+        sample.main([*options, "--model", "B/2", "--out", str(tmp_path / "other.npz")])
+    extract(folder, tmp_path / "cache", "--vae", "none", "--encoder", "none")
+    run = "--model small/2 --steps 1 --batch-size 4 --repa-weight 0 --sample-every 0 --workers 0 --lr 0".split()
+    names = ["--data", tmp_path / "cache", "--out", tmp_path / "run", "--init", tmp_path / "official.pt"]
+    train_repa.main([*map(str, names), *run])
+    assert "skipped: [" in capsys.readouterr().out
+    weights = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
+    assert torch.equal(weights["blocks.3.mlp.fc1.weight"], official[1]["blocks.3.mlp.fc1.weight"])
