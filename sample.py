@@ -231,15 +231,16 @@ def decode(latents, autoencoder, data):
     return (images.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def save_grid(images, path, columns):
+def save_grid(images, path, columns, gap=4):
     """uint8 [n, H, W, 3] -> a picture with `columns` images per row, small ones enlarged to at least 48 pixels."""
     zoom = max(1, -(-48 // images.shape[1]))
     images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    h, w = images.shape[1] + gap, images.shape[2] + gap
     rows = -(-len(images) // columns)
-    padding = np.zeros((rows * columns - len(images), *images.shape[1:]), np.uint8)
-    h, w = images.shape[1:3]
-    grid = np.concatenate([images, padding]).reshape(rows, columns, h, w, 3).swapaxes(1, 2).reshape(rows * h, -1, 3)
-    Image.fromarray(grid).save(path)
+    grid = np.full((rows * columns, h, w, 3), 96, np.uint8)  # grey between the images
+    grid[: len(images), :-gap, :-gap] = images
+    grid = grid.reshape(rows, columns, h, w, 3).swapaxes(1, 2).reshape(rows * h, columns * w, 3)
+    Image.fromarray(grid[:-gap, :-gap]).save(path)
 
 
 def preview(model, data, autoencoder, path, seed=0, columns=10):

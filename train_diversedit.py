@@ -212,7 +212,7 @@ def report_cka(model, features, seed, path, images=1024, micro=128):
             _, tokens = model(x_t.to(device), time.to(device), y[rows].to(device), after=range(1, depth + 1))
             pooled.append(torch.stack([f.mean(1) for f in tokens]))               # (L, rows, D)
         matrices[t] = cka(torch.cat(pooled, dim=1)).cpu().numpy()                 # (L, L)
-    pictures = [np.pad(np.uint8(255 * m.clip(0, 1)), ((0, 0), (0, 1)), constant_values=128) for m in matrices.values()]
+    pictures = [np.uint8(255 * m.clip(0, 1)) for m in matrices.values()]
     sample.save_grid(np.stack(pictures)[..., None].repeat(3, axis=3), path, columns=5)
     return {str(t): m[~np.eye(depth, dtype=bool)].mean() for t, m in matrices.items()}
 # <<< diversedit

@@ -262,7 +262,7 @@ def test_extraction_with_autoencoder_and_two_encoders(folder, tmp_path, small_va
     train_repa.main(["--data", str(tmp_path / "out"), "--out", str(tmp_path / "run"), *run])
     heads = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["heads"]
     assert [len(heads[f"alignment.projectors.{k}.4.bias"]) for k in (0, 1)] == [82, 64]
-    assert Image.open(tmp_path / "run" / "samples-0000002.png").size == (3 * 48, 4 * 48)
+    assert Image.open(tmp_path / "run" / "samples-0000002.png").size == (3 * 52 - 4, 4 * 52 - 4)
 
 
 def test_int8_targets_of_an_encoder_barely_move_the_loss(small_vits):

@@ -104,9 +104,9 @@ def test_unreadable_image_is_named(folder, tmp_path):
 
 
 def test_size_must_divide(small_npz, tmp_path):
-    with pytest.raises(SystemExit, match="multiple of downsampling x --patch = 3"):
+    with pytest.raises(SystemExit, match="--image-size 8 must be a multiple of downsampling x --patch, say 6 or 9"):
         extract(small_npz, tmp_path / "out", "--patch", 3)
-    with pytest.raises(SystemExit, match="unknown encoder"):
+    with pytest.raises(SystemExit, match="not a ViT that timm knows"):
         extract(small_npz, tmp_path / "out", "--encoder", "resnet")
 
 

@@ -177,8 +177,9 @@ def test_grid(tmp_path):
     images = np.arange(5, dtype=np.uint8)[:, None, None, None].repeat(16, 1).repeat(16, 2).repeat(3, 3)
     sample.save_grid(images, tmp_path / "grid.png", columns=3)
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
-    assert grid.shape == (96, 144, 3)
-    assert grid[24::48, 24::48, 0].tolist() == [[0, 1, 2], [3, 4, 0]]
+    assert grid.shape == (2 * 52 - 4, 3 * 52 - 4, 3)
+    assert grid[24::52, 24::52, 0].tolist() == [[0, 1, 2], [3, 4, 96]]
+    assert grid[:48, :48].max() == 0 and (grid[:48, 52:100] == 1).all() and (grid[48:52] == 96).all()
 
 
 def load(path):
@@ -223,7 +224,7 @@ def test_killed_sampling_continues(checkpoint, tmp_path, monkeypatch):
     assert [list(indices) for indices in calls[3:]] == [[4, 5], [6, 7], [8]]
     assert np.array_equal(load(tmp_path / "whole.npz")[0], load(tmp_path / "killed.npz")[0])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["grid.png", "killed.npz", "whole.npz"]
-    assert Image.open(tmp_path / "grid.png").size == (3 * 48, 3 * 48)
+    assert Image.open(tmp_path / "grid.png").size == (3 * 52 - 4, 3 * 52 - 4)
 
 
 def test_bad_input(checkpoint, tmp_path, capsys):
@@ -237,7 +238,7 @@ def test_bad_input(checkpoint, tmp_path, capsys):
     (tmp_path / "text.pt").write_text("hello")
     assert "not a readable checkpoint" in complain(tmp_path / "text.pt")
     torch.save({"state": torch.zeros(1)}, tmp_path / "foreign.pt")
-    assert "not a checkpoint of these training scripts" in complain(tmp_path / "foreign.pt")
+    assert "neither a checkpoint of these training scripts nor" in complain(tmp_path / "foreign.pt")
     assert "classes 0 to 2" in complain(checkpoint, "--labels", "2,3")
     assert "expected random, balanced or class indices" in complain(checkpoint, "--labels", "cat")
     assert "must be at least 1" in complain(checkpoint, "--batch-size", "0")

@@ -144,7 +144,7 @@ def test_run_and_resume(cache, tmp_path):
     assert [row["step"] for row in timeless] == [1, 2, 3, 4, 5, 6]
     assert all(row["skipped"] == 0 and row["grad_norm"] > 0 for row in timeless)
     picture = Image.open(tmp_path / "whole" / "samples-0000006.png")
-    assert picture.size == (3 * 48, 4 * 48)
+    assert picture.size == (3 * 52 - 4, 4 * 52 - 4)
     first = json.loads((tmp_path / "whole" / "log.jsonl").read_text().splitlines()[0])
     assert first["versions"]["torch"] == torch.__version__ and first["args"]["lr"] == 1e-3
     # the checkpoint is enough to build and fill the model
