@@ -239,7 +239,7 @@ def test_init_loads_what_fits(cache, tmp_path, capsys):
     assert second["model"]["y_embedder.embedding_table.weight"].shape == (4, 32) and second["step"] == 1
 
 
-def test_precision_and_compile_flags(cache, tmp_path):
+def test_bf16_changes_little(cache, tmp_path):
     """bf16 changes the numbers a little, and neither the fp32 weights nor the keys."""
     fp32 = train(cache, tmp_path / "fp32", "--sample-every", 0, "--steps", 2)
     bf16 = train(cache, tmp_path / "bf16", "--sample-every", 0, "--steps", 2, "--precision", "bf16")
