@@ -299,7 +299,7 @@ def load_autoencoder(name, device="cpu"):
             path = huggingface_hub.hf_hub_download(name, names[0])
         except Exception as error:  # no network, no such repository, no such file: a zoo of types
             reason = f"cannot be downloaded ({str(error).splitlines()[0]})"
-            remedy = f"pass a folder or file with its {names[0]} (training needs it for pictures only: --sample-every 0)"
+            remedy = f"pass a folder or file with its {names[0]} (training needs it for pictures: --sample-every 0)"
             raise ValueError(f"--vae {name}: {reason}; {remedy}") from None
     renamed = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # older files
     state = {}

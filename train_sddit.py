@@ -15,7 +15,8 @@
     L_G is EDM's weighted error of the denoiser D, written for F: the weight times c_out^2 is 1.
 
 Commands
-    torchrun --nproc_per_node=8 train_sddit.py                          the paper's run: XL/2, ImageNet 256 px
+    torchrun --nproc_per_node=8 train_sddit.py                          XL/2, ImageNet 256 px, 400K steps, bf16
+    torchrun --nproc_per_node=8 train_sddit.py --steps 2400000 --precision fp32     the paper's longest table row
     python train_sddit.py --micro-batch 32                              one GPU
     python train_sddit.py --data features/digits --model nano/2 --steps 1000 --batch-size 64 --lr 2e-3 --ema 0.99 \\
         --out runs/sddit                                                minutes on a laptop
