@@ -60,7 +60,7 @@ class TimestepEmbedder(nn.Module):
         self.register_buffer("omega", omega, persistent=False)
 
     def forward(self, t):                                                         # (N,)
-        with torch.autocast(t.device.type, enabled=False):
+        with torch.autocast("cuda" if t.is_cuda else "cpu", enabled=False):
             angles = t.float()[:, None] * self.omega                              # (N, 128)
             return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))       # (N, D)
 

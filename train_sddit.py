@@ -246,7 +246,7 @@ class Objective(nn.Module):
         if dist.is_initialized():
             dist.all_reduce(mean)
             mean /= dist.get_world_size()
-        self.centers.lerp_(mean, 0.1)
+        self.centers.lerp_(torch.where(mean.isfinite(), mean, self.centers), 0.1)  # a step may have been skipped
         self.seen.zero_()
         for ours, source in ((self.teacher, self.model), (self.teacher_head, self.head)):
             trained = dict(source.named_parameters())

@@ -284,6 +284,14 @@ def test_teacher_and_centre_updates(cache, monkeypatch):
     assert all(torch.equal(p, student[name]) for name, p in objective.teacher.named_parameters())
 
 
+def test_a_skipped_step_does_not_poison_the_centres(cache):
+    objective = randomize(objective_for(cache))
+    objective(**batch())
+    objective.seen[1, :5] = float("nan")
+    objective.after_step(0, 1)
+    assert objective.centers.isfinite().all() and (objective.centers[1, :5] == 0).all() and objective.centers[1].any()
+
+
 def test_teacher_starts_as_the_initialised_student(cache, tmp_path):
     train(cache, tmp_path / "first", "--steps", 2)
     second = train(cache, tmp_path / "second", "--steps", 1, "--lr", 0, "--init", tmp_path / "first" / "last.pt")
