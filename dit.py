@@ -287,13 +287,13 @@ class SDDiT(DiT):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.cls_embedder = nn.Linear(width, width) if cls_condition else None
         self.decoder_embed = FinalLayer(width, decoder_width)
-        positions = torch.from_numpy(sincos_positions(self.grid, decoder_width)).float()
-        self.decoder_pos_embed = nn.Parameter(positions.unsqueeze(0), requires_grad=False)
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, self.grid**2, decoder_width), requires_grad=False)
         self.decoder_blocks = nn.ModuleList(
             DiTBlock(decoder_width, decoder_heads, cond_size=width) for _ in range(decoder_depth)
         )
         self.final_layer = FinalLayer(decoder_width, self.patch_size**2 * self.in_channels, cond_size=width)
         self.initialize_weights()
+        self.decoder_pos_embed.data.copy_(torch.from_numpy(sincos_positions(self.grid, decoder_width)))
         nn.init.normal_(self.cls_token, std=0.02)
 
     def encode(self, x, sigma, y, drop=None, keep=None):

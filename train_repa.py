@@ -215,8 +215,9 @@ def forward_flops(config):
 
 
 def peak_flops(device):
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), float("nan"))
+    """Of the GPU; None for the CPU and for GPUs that PEAK_FLOPS does not list."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
 def memory_gb(device):
@@ -341,7 +342,8 @@ def main(argv=None):
         start = dict(argv=sys.argv, versions=versions, device=name, processes=world, git=git_hash())
         write_row(log, start | {"args": vars(args)})
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0)
-    mfu_scale = 3 * forward_flops(config) / world / peak_flops(device) if cuda else None  # backward = 2 x forward
+    peak = peak_flops(device)
+    mfu_scale = 3 * forward_flops(config) / world / peak if peak else None  # backward = 2 x forward
     totals, since, clock, timings = 0, step, time.perf_counter(), []
 
     while step < args.steps:
@@ -398,7 +400,7 @@ def main(argv=None):
                 sys.exit(f"no finite gradient in steps {since + 1} to {step}: lower --lr, or use --precision fp32")
             rate = (step - since) * args.batch_size / (time.perf_counter() - clock)
             row = {"step": step, **{name: s / applied for name, s in zip([*losses, "grad_norm"], sums, strict=True)}}
-            row |= {"lr": args.lr, "img_per_s": rate, "mfu": rate * mfu_scale if cuda else None}
+            row |= {"lr": args.lr, "img_per_s": rate, "mfu": rate * mfu_scale if peak else None}
             row |= {"memory_gb": memory_gb(device), "skipped": step - since - round(applied / world)}
             bar.set_postfix(loss=f"{row['loss']:.4f}", img_s=f"{rate:.0f}")
             if rank == 0:

@@ -304,11 +304,18 @@ def test_a_sample_of_the_checkpoint_is_the_preview_of_the_ema(cache, tmp_path):
     assert np.abs(ours.astype(int) - preview).max() <= 1
 
 
-FLOPS = [("XL/2", 32, 118.6), ("B/2", 32, 23.0), ("S/2", 32, 6.05), ("XL/2", 64, 524.5)]
+GMACS = [
+    ("DiT", "XL/2", 32, 118.6),
+    ("DiT", "B/2", 32, 23.0),
+    ("DiT", "S/2", 32, 6.05),
+    ("DiT", "XL/2", 64, 524.5),
+    ("DiverseDiT", "XL/2", 32, 128.1),
+    ("SDDiT", "S/2", 32, 6.07 + 7.0),
+]
 
 
-@pytest.mark.parametrize("model, side, gmac", FLOPS)
-def test_forward_flops(model, side, gmac):
-    """DiT's published multiply-accumulates per image, which MFU rests on; 1 MAC = 2 FLOP."""
-    config = dict(arch="DiT", input_size=side, in_channels=4, num_classes=1000, **dit.parse_model(model))
+@pytest.mark.parametrize("arch, model, side, gmac", GMACS)
+def test_forward_flops(arch, model, side, gmac):
+    """Published multiply-accumulates per image, which MFU rests on (1 MAC = 2 FLOP)."""
+    config = dict(arch=arch, input_size=side, in_channels=4, num_classes=1000, **dit.parse_model(model))
     assert train_repa.forward_flops(config) / 2e9 == pytest.approx(gmac, rel=0.005)
