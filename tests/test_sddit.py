@@ -393,7 +393,7 @@ def test_no_teacher_without_its_loss(cache, tmp_path):
 
 @pytest.mark.parametrize("option", [["--mask-ratio", 0], ["--teacher-noise", "student"], ["--no-cls-condition"]])
 def test_ablations_run(cache, tmp_path, option):
-    checkpoint = train(cache, tmp_path / "run", "--steps", 2, *option)
+    checkpoint = train(cache, tmp_path / "run", "--steps", 2, "--precision", "bf16", *option)
     assert all(value.isfinite().all() for value in checkpoint["model"].values())
     assert ("cls_embedder.weight" in checkpoint["model"]) == (option != ["--no-cls-condition"])
 
