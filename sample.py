@@ -286,8 +286,9 @@ def parse_args(argv=None):
         parser.error("nothing to write: give --out samples.npz, --grid grid.png, or both")
     if min(args.num, args.batch_size, 1 if args.steps is None else args.steps) < 1:
         parser.error("--num, --steps and --batch-size must be at least 1")
-    if args.out and not args.out.endswith(".npz"):
-        parser.error(f"--out {args.out}: must end in .npz")
+    for name, suffix in (("out", ".npz"), ("grid", ".png")):
+        if not (getattr(args, name) or suffix).endswith(suffix):
+            parser.error(f"--{name} {getattr(args, name)}: must end in {suffix}")
     if args.labels not in ("random", "balanced"):
         try:
             args.labels = [int(label) for label in args.labels.split(",")]

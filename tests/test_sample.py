@@ -246,6 +246,7 @@ def test_bad_input(checkpoint, tmp_path, capsys):
     (tmp_path / "there.npz").write_text("precious")
     assert "exists" in complain(checkpoint, out="there.npz")
     assert (tmp_path / "there.npz").read_text() == "precious"
+    assert "--grid x.pgn: must end in .png" in complain(checkpoint, "--grid", "x.pgn")
     with pytest.raises(SystemExit):
         sample.main([str(checkpoint)])
     assert "nothing to write" in capsys.readouterr().err
