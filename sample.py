@@ -174,6 +174,19 @@ def load_model(path, weights="ema", device="cpu"):
     return model.to(device).eval(), checkpoint
 
 
+def load_guide(path, weights, device, model, config):
+    """The model of a checkpoint that may guide `model`. ValueError if it is for other latents, classes or noise."""
+    guide, checkpoint = load_model(path, weights, device)
+    other = checkpoint["config"]
+    different = [key for key in ("input_size", "in_channels", "num_classes") if other[key] != config[key]]
+    if different or isinstance(guide, dit.SDDiT) != isinstance(model, dit.SDDiT):
+        what = "the other kind of model"
+        for key in different:
+            what = f"{key} is {other[key]}, not {config[key]}"
+        raise ValueError(f"--guide {path}: {what}; a guide needs the same latents, classes and loss")
+    return guide
+
+
 def image_generators(seed, indices):
     """One generator per image, seeded by (seed, index)."""
     states = [np.random.SeedSequence([seed, int(i)]).generate_state(1, np.uint64)[0] for i in indices]
@@ -335,7 +348,7 @@ def main(argv=None):
         if args.model and not dit.parse_model(args.model).items() <= config.items():
             found = f"{config['depth']} blocks of width {config['hidden_size']}, patch {config['patch_size']}"
             raise ValueError(f"--model {args.model}: the checkpoint has {found}")
-        guide = load_model(args.guide, args.weights, device)[0] if args.guide else None
+        guide = load_guide(args.guide, args.weights, device, model, config) if args.guide else None
         args.sampler, args.steps = choose_sampler(model, args.sampler, args.steps)
         data, num_classes = checkpoint["data"], len(checkpoint["data"]["classes"])
         if isinstance(args.labels, list) and not all(0 <= label < num_classes for label in args.labels):

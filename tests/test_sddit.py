@@ -405,6 +405,11 @@ def test_sampler_is_chosen_by_the_checkpoint(cache, tmp_path, capsys):
     with np.load(tmp_path / "a.npz") as file:
         protocol = json.loads(str(file["protocol"]))
     assert protocol["sampler"] == "edm" and protocol["steps"] == 40
+    plain = dict(arch="DiT", input_size=8, in_channels=3, num_classes=3, **dit.parse_model("nano/2"))
+    flow = torch.load(tmp_path / "run" / "last.pt", weights_only=True) | {"config": plain}
+    torch.save(flow | {"ema": dit.build(plain).state_dict()}, tmp_path / "flow.pt")
+    with pytest.raises(SystemExit, match="flow.pt: the other kind of model; a guide needs the same latents"):
+        sample.main([*options, "--guide", str(tmp_path / "flow.pt"), "--out", str(tmp_path / "b.npz")])
     with pytest.raises(SystemExit, match="--sampler sde: the checkpoint is an EDM model"):
         sample.main([*options, "--sampler", "sde", "--out", str(tmp_path / "b.npz")])
 
