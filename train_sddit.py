@@ -208,8 +208,9 @@ class Objective(nn.Module):
             student_patches = student[:, 1:].flatten(0, 1)                        # (M, B)
             teacher_patches = teacher[:, 1:].gather(1, same).flatten(0, 1)
             tau_t = teacher_temperature(step // self.epoch_steps, *self.tau_range)
-            loss_cls, _ = self.discriminate(student[:, 0], teacher[:, 0], self.centers[0], tau_t)
+            loss_cls, cls_monitors = self.discriminate(student[:, 0], teacher[:, 0], self.centers[0], tau_t)
             loss_patch, monitors = self.discriminate(student_patches, teacher_patches, self.centers[1], tau_t)
+            monitors["cls_entropy"] = cls_monitors["teacher_entropy"]
             monitors["head_std"] = student_patches.detach().std(0).mean() * student.shape[2] ** 0.5
         loss = loss_edm + self.weight * (loss_cls + loss_patch)
         return {"loss": loss, "loss_edm": loss_edm, "loss_cls": loss_cls, "loss_patch": loss_patch, **monitors}
@@ -535,8 +536,9 @@ def main(argv=None):
             if rank == 0:
                 write_row(log, row)
             # >>> sddit
-            if args.sd_weight and row["teacher_entropy"] > 0.98 * np.log(objective.centers.shape[1]):
-                bar.write(f"step {step}: H(P_T) is within 2 % of ln K: uniform collapse; try a lower --tau-t")
+            for name in ("cls_entropy", "teacher_entropy") if args.sd_weight else ():
+                if row[name] > 0.98 * np.log(objective.centers.shape[1]):
+                    bar.write(f"step {step}: {name} is within 2 % of ln K: uniform collapse; try a lower --tau-t")
             # <<< sddit
             totals, since, clock = 0, step, time.perf_counter()
 

@@ -361,7 +361,7 @@ def test_resume_is_exact_with_teacher_and_centres(cache, tmp_path, monkeypatch):
     assert {"centers", "head.prototypes", "teacher.cls_token", "teacher_head.prototypes"} <= whole["heads"].keys()
     assert not any("decoder" in name for name in whole["heads"])
     rows = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()[1:]]
-    monitors = {"teacher_entropy", "batch_entropy", "kl", "prototypes_used", "head_std", "loss_cls", "loss_patch"}
+    monitors = {"teacher_entropy", "cls_entropy", "batch_entropy", "kl", "prototypes_used", "head_std", "loss_cls", "loss_patch"}
     assert len(rows) == 6 and monitors <= rows[0].keys()
 
 
@@ -384,6 +384,17 @@ def test_prototypes_rest_for_an_epoch(cache, tmp_path):
     kept = torch.load(tmp_path / "more" / "0000006.pt", weights_only=True)["heads"]["head.prototypes"]
     first = train(cache, tmp_path / "one", "--steps", 1)["heads"]["head.prototypes"]
     assert torch.equal(kept, first) and not torch.equal(moved, first)
+
+
+def test_uniform_collapse_is_announced(cache, tmp_path, capsys):
+    """A teacher far too soft has nearly the entropy ln K, for CLS and for patches."""
+    train(cache, tmp_path / "soft", "--steps", 1, "--tau-t", 100, 100)
+    printed = capsys.readouterr()
+    for name in ("cls_entropy", "teacher_entropy"):
+        assert f"step 1: {name} is within 2 % of ln K" in printed.out + printed.err
+    train(cache, tmp_path / "sharp", "--steps", 1, "--tau-t", 0.01, 0.01)
+    printed = capsys.readouterr()
+    assert "collapse" not in printed.out + printed.err
 
 
 def test_no_teacher_without_its_loss(cache, tmp_path):
