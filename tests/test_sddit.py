@@ -361,7 +361,7 @@ def test_resume_is_exact_with_teacher_and_centres(cache, tmp_path, monkeypatch):
     assert {"centers", "head.prototypes", "teacher.cls_token", "teacher_head.prototypes"} <= whole["heads"].keys()
     assert not any("decoder" in name for name in whole["heads"])
     rows = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()[1:]]
-    monitors = {"teacher_entropy", "cls_entropy", "batch_entropy", "kl", "prototypes_used", "head_std", "loss_cls", "loss_patch"}
+    monitors = {"teacher_entropy", "cls_entropy", "batch_entropy", "kl", "prototypes_used", "head_std"}
     assert len(rows) == 6 and monitors <= rows[0].keys()
 
 
