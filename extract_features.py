@@ -430,6 +430,7 @@ class CachedFeatures(Dataset):
 
     def __init__(self, path, targets=True):
         path = Path(path)
+        self.opened = path, targets
         if not (path / "meta.json").is_file():
             raise ValueError(f"{path}: no feature cache there (no meta.json); make one with extract_features.py")
         self.meta = json.loads((path / "meta.json").read_text())
@@ -453,6 +454,9 @@ class CachedFeatures(Dataset):
             self.arrays[name] = array if name == "labels" else array.reshape(-1, *array.shape[2:])
         self.views, self.rows = self.meta["views"], np.flatnonzero(self.arrays["labels"] >= 0)
         self.labels = np.asarray(self.arrays["labels"])[self.rows]
+
+    def __reduce__(self):
+        return CachedFeatures, self.opened  # a spawned loader process opens the files itself: a pickle would copy them
 
     def __len__(self):
         return len(self.rows) * self.views

@@ -55,7 +55,8 @@ from extract_features import CachedFeatures, load_autoencoder
 
 NAME = Path(__file__).stem.removeprefix("train_")
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, for the model FLOP utilisation
-MAY_CHANGE = {"steps", "micro_batch", "compile", "log_every", "sample_every", "save_every", "keep_every", "workers"}
+MAY_CHANGE = {"out", "steps", "micro_batch", "compile", "log_every", "sample_every", "save_every", "keep_every"}
+MAY_CHANGE |= {"workers"}
 
 
 def parse_args(argv=None):

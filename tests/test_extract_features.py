@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 import signal
 import zipfile
 from collections import namedtuple
@@ -165,6 +166,13 @@ def test_cache_contents(cache, small_npz):
         expected = ef.HOG(4)(torch.from_numpy(crop)[None])[0]
         np.testing.assert_allclose(batch["targets"][row], expected, atol=1e-3)
     assert batch["moments"].dtype == batch["targets"].dtype == np.float16
+
+
+def test_a_pickled_reader_opens_the_files_itself(cache):
+    features = ef.CachedFeatures(cache)
+    content = pickle.dumps(features)
+    assert len(content) < 1000
+    assert np.array_equal(pickle.loads(content).__getitems__([3])["targets"], features.__getitems__([3])["targets"])
 
 
 def test_int8_targets_keep_the_direction(small_npz, cache, tmp_path):
