@@ -4,6 +4,8 @@
     DiverseDiT  DiT with long residual connections (2603.04239)
     SDDiT       masked encoder, decoder and EDM preconditioning of SD-DiT (2403.17004)
 
+Options of all three: control conditioning, the class as tokens, positions and noise of another resolution (2411.03177).
+
 Plain modules: nothing here reads a file, knows about processes or holds a loss, so `sample.py` rebuilds any model from
 the `config` of its checkpoint with `build(config)`. Names and shapes of the state dict are those of the official
 DiT / SiT / REPA checkpoints.
@@ -29,13 +31,15 @@ SIZES = {
 }
 
 
-def sincos_positions(side, width):
+def sincos_positions(side, width, base=None):
     """Fixed 2-D sin-cos position table of a `side` x `side` grid of tokens: float64 array [side^2, width].
 
     The first half of the channels encodes the column, the second half the row; each half is [sin | cos] in blocks.
+    base: the grid's side in the model this one starts from; position i is then i base / side, so that the image keeps
+    its extent (interpolation, arXiv 2411.03177). paper: "adjusts the sampling grid" / here: without half-pixel shift.
     """
     omega = 10000.0 ** (-np.arange(width // 4) / (width // 4))
-    angles = np.outer(np.arange(side), omega)                                     # (side, D/4)
+    angles = np.outer(np.arange(side) * (base or side) / side, omega)             # (side, D/4)
     axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)               # (side, D/2)
     column, row = np.tile(axis, (side, 1)), np.repeat(axis, side, axis=0)         # (side^2, D/2) each
     return np.concatenate([column, row], axis=1)
@@ -45,8 +49,29 @@ def modulate(x, shift, scale):
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
+def shift_time(t, s):
+    """Time t' at which s times the side has the noise that t means: SNR(t') = SNR(t) / s^2; t = 0 data, t = 1 noise.
+
+    The law of arXiv 2411.03177 (figure A1) in the closed form of SD3 (2403.03206); 1 / s undoes it. In EDM: s sigma.
+    """
+    return s * t / (1 + (s - 1) * t)
+
+
+class Sinusoids(nn.Module):
+    """Scalars [...] -> [cos | sin] of `frequencies` angles, with periods up to 2 pi 10000: [..., 2 frequencies]."""
+
+    def __init__(self, frequencies=128):
+        super().__init__()
+        omega = torch.exp(-math.log(10000.0) * torch.arange(frequencies, dtype=torch.float32) / frequencies)
+        self.register_buffer("omega", omega, persistent=False)
+
+    def forward(self, values):
+        angles = values.float().unsqueeze(-1) * self.omega
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
 class TimestepEmbedder(nn.Module):
-    """Scalar t -> 256 sinusoids [cos | sin] -> two-layer MLP.
+    """Scalar t -> 256 sinusoids -> two-layer MLP.
 
     Flow matching feeds t in [0, 1] as it is: SiT and REPA do not multiply by 1000 (acknowledged by their authors as
     unintended: SiT#24, REPA#40), and their checkpoints need the same. Always fp32, also under autocast.
@@ -55,14 +80,58 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, hidden_size, frequencies=128):
         super().__init__()
         first, second = nn.Linear(2 * frequencies, hidden_size), nn.Linear(hidden_size, hidden_size)
-        self.mlp = nn.Sequential(first, nn.SiLU(), second)
-        omega = torch.exp(-math.log(10000.0) * torch.arange(frequencies, dtype=torch.float32) / frequencies)
-        self.register_buffer("omega", omega, persistent=False)
+        self.mlp, self.sinusoids = nn.Sequential(first, nn.SiLU(), second), Sinusoids(frequencies)
 
     def forward(self, t):                                                         # (N,)
         with torch.autocast("cuda" if t.is_cuda else "cpu", enabled=False):
-            angles = t.float()[:, None] * self.omega                              # (N, 128)
-            return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))       # (N, D)
+            return self.mlp(self.sinusoids(t))                                    # (N, D)
+
+
+class ControlEmbedder(nn.Module):
+    """Size, crop and flip of the training image -> an addition to the condition c (arXiv 2411.03177).
+
+        keep (gamma(u) low(h0, w0) + high(top / h0, left / w0, h / h0, w / w0, flip))
+        gamma(u) = (1 - cos(pi (1 - u)^alpha)) / 2,   u = 1 noise, u = 0 data           mode "cosine"
+        gamma = 1, the micro-conditioning of SDXL (2307.01952)                          mode "constant"
+
+    The size says how sharp the image is, so it has no say while the noise still hides everything; a crop or a flip
+    moves the layout, which is fixed early, and has weight 1. A row of zeros is no control: keep = 0.
+    paper: curves from 0 at u = 1 to 1 at u = 0 with a parameter alpha (figure 3) / here: the power-cosine that fits
+    them, with alpha = 1: reconstructed, not read. So are the weight of crop and flip and their scale of 1000.
+    """
+
+    def __init__(self, hidden_size, mode="cosine", alpha=1.0, frequencies=128):
+        super().__init__()
+        if mode not in ("constant", "cosine"):
+            raise ValueError(f"control {mode!r}: expected none, constant or cosine")
+        if alpha <= 0:
+            raise ValueError(f"control alpha {alpha}: must be positive")
+        self.mode, self.alpha, self.sinusoids = mode, alpha, Sinusoids(frequencies)
+        widths = 2 * (2 * frequencies), 5 * (2 * frequencies)
+        self.low, self.high = (
+            nn.Sequential(nn.Linear(width, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+            for width in widths
+        )
+
+    def initialize_weights(self):
+        for mlp in (self.low, self.high):
+            nn.init.normal_(mlp[0].weight, std=0.02)
+            nn.init.zeros_(mlp[2].weight)
+
+    def gamma(self, u):                                                           # (N,)
+        if self.mode == "constant":
+            return torch.ones_like(u)
+        return (1 - torch.cos(torch.pi * (1 - u).clamp(0, 1) ** self.alpha)) / 2
+
+    def forward(self, control, u):
+        """control [N, 7]: h0, w0, top, left, h, w, flip in pixels of the original; u [N] in [0, 1] -> [N, D], fp32."""
+        with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):
+            h0, w0, top, left, h, w, flip = control.float().unbind(1)             # (N,) each
+            height, width = h0.clamp(min=1), w0.clamp(min=1)                      # a row of zeros must not give 0 / 0
+            size = torch.stack([h0, w0], dim=1).clamp(max=4096)
+            layout = 1000 * torch.stack([top / height, left / width, h / height, w / width, flip], dim=1)
+            low, high = self.low(self.sinusoids(size).flatten(1)), self.high(self.sinusoids(layout).flatten(1))
+            return (h0 > 0).unsqueeze(1) * (self.gamma(u.float()).unsqueeze(1) * low + high)
 
 
 class LabelEmbedder(nn.Module):
@@ -150,22 +219,36 @@ class DiT(nn.Module):
         num_classes=1000,
         class_dropout_prob=0.1,
         qk_norm=False,
+        control="none",
+        control_alpha=1.0,
+        class_tokens=0,
+        pos_base=None,
+        time_shift=1.0,
     ):
-        """`input_size`: side of the latent. ValueError if the sizes do not divide."""
+        """`input_size`: side of the latent. ValueError if the sizes do not divide, or an option below is unknown.
+
+        control: none, constant or cosine, with control_alpha (see ControlEmbedder). class_tokens: 0 adds the class to
+        the condition; K > 0 shows it to attention instead, as K tokens before the patches. pos_base, time_shift: of a
+        model that starts from a lower resolution (see sincos_positions, shift_time).
+        """
         super().__init__()
         if input_size % patch_size:
             raise ValueError(f"latents of side {input_size} do not divide into patches of {patch_size}")
         if hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads} and of 4")
+        if class_tokens < 0 or time_shift <= 0:
+            raise ValueError(f"class tokens {class_tokens} must not be negative, time shift {time_shift} be positive")
         self.patch_size, self.in_channels, self.num_classes = patch_size, in_channels, num_classes
         self.grid = input_size // patch_size
+        self.class_tokens, self.pos_base, self.time_shift = class_tokens, pos_base, time_shift
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size * max(1, class_tokens), class_dropout_prob)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid**2, hidden_size), requires_grad=False)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels)
+        self.control_embedder = ControlEmbedder(hidden_size, control, control_alpha) if control != "none" else None
         self.initialize_weights()
 
     def initialize_weights(self):
@@ -182,10 +265,22 @@ class DiT(nn.Module):
         patch = self.x_embedder.proj
         nn.init.xavier_uniform_(patch.weight.view(patch.out_channels, -1))
         nn.init.zeros_(patch.bias)
-        self.pos_embed.data.copy_(torch.from_numpy(sincos_positions(self.grid, self.pos_embed.shape[-1])))
+        positions = sincos_positions(self.grid, self.pos_embed.shape[-1], self.pos_base)
+        self.pos_embed.data.copy_(torch.from_numpy(positions))
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        if self.control_embedder:
+            self.control_embedder.initialize_weights()
+
+    def condition(self, time, u, y, drop, control):
+        """Condition c [N, D] and class tokens [N, K, D]; `time` [N] is embedded, u [N] in [0, 1] weighs the control."""
+        c, classes = self.t_embedder(time), self.y_embedder(y, drop)              # (N, D), (N, D or K D)
+        if self.control_embedder and control is not None:
+            c = c + self.control_embedder(control, u)
+        if self.class_tokens:
+            return c, classes.unflatten(1, (self.class_tokens, -1))
+        return c + classes, c.new_empty(len(c), 0, c.shape[1])
 
     def unpatchify(self, x):                                                      # (N, T, P*P*C)
         G, P, C = self.grid, self.patch_size, self.in_channels
@@ -201,17 +296,18 @@ class DiT(nn.Module):
                 taps.append(x)
         return x, taps
 
-    def forward(self, x, t, y, drop=None, after=None):
+    def forward(self, x, t, y, drop=None, control=None, after=None):
         """Velocity of the noisy latents x [N, C, H, W] at times t [N] (0 data, 1 noise) for the classes y [N].
 
         drop [N] bool: labels replaced by the null class (default: drawn in training mode, see LabelEmbedder).
+        control [N, 7]: see ControlEmbedder; None, or a model without one: no control.
         after: 1-based block numbers; then the result is (velocity, list of their output tokens [N, T, D]).
         """
-        c = self.t_embedder(t) + self.y_embedder(y, drop)                         # (N, D)
+        c, classes = self.condition(t, shift_time(t, 1 / self.time_shift), y, drop, control)
         x = self.x_embedder(x) + self.pos_embed                                   # (N, T, D)
-        x, taps = self.run_blocks(x, c, after or ())
-        x = self.unpatchify(self.final_layer(x, c))                               # (N, C, H, W)
-        return x if after is None else (x, taps)
+        x, taps = self.run_blocks(torch.cat([classes, x], dim=1), c, after or ())
+        x = self.unpatchify(self.final_layer(x[:, self.class_tokens :], c))       # (N, C, H, W)
+        return x if after is None else (x, [tap[:, self.class_tokens :] for tap in taps])
 
 
 class LongResidual(nn.Module):
@@ -283,7 +379,8 @@ class SDDiT(DiT):
         width, dropout_prob = self.pos_embed.shape[-1], self.y_embedder.dropout_prob
         if decoder_width % decoder_heads or decoder_width % 4:
             raise ValueError(f"decoder_width {decoder_width} must divide by 4 and by decoder_heads {decoder_heads}")
-        self.y_embedder = ZeroNullLabelEmbedder(self.num_classes, width, dropout_prob)
+        label_width = self.y_embedder.embedding_table.embedding_dim
+        self.y_embedder = ZeroNullLabelEmbedder(self.num_classes, label_width, dropout_prob)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.cls_embedder = nn.Linear(width, width) if cls_condition else None
         self.decoder_embed = FinalLayer(width, decoder_width)
@@ -293,27 +390,30 @@ class SDDiT(DiT):
         )
         self.final_layer = FinalLayer(decoder_width, self.patch_size**2 * self.in_channels, cond_size=width)
         self.initialize_weights()
-        self.decoder_pos_embed.data.copy_(torch.from_numpy(sincos_positions(self.grid, decoder_width)))
+        positions = sincos_positions(self.grid, decoder_width, self.pos_base)
+        self.decoder_pos_embed.data.copy_(torch.from_numpy(positions))
         nn.init.normal_(self.cls_token, std=0.02)
 
-    def encode(self, x, sigma, y, drop=None, keep=None):
+    def encode(self, x, sigma, y, drop=None, keep=None, control=None):
         """Encoded tokens [N, 1 + K, D] (CLS, then the K visible patches), patch embeddings [N, T, D], condition [N, D].
 
         keep [N, K]: indices of the visible patches; all of them by default.
         """
         _, _, c_in, c_noise = edm_coefficients(sigma)
-        c = self.t_embedder(c_noise) + self.y_embedder(y, drop)                   # (N, D)
+        u = sigma / (self.time_shift + sigma)  # the flow's time of this noise, (1 - u) x + u eps, before any shift
+        c, classes = self.condition(c_noise, u, y, drop, control)
         h = self.x_embedder(c_in.view(-1, 1, 1, 1) * x) + self.pos_embed          # (N, T, D)
         visible = h if keep is None else h.gather(1, keep.unsqueeze(2).expand(-1, -1, h.shape[2]))
-        tokens = torch.cat([self.cls_token.expand(len(h), -1, -1), visible], dim=1)
-        return self.run_blocks(tokens, c)[0], h, c
+        tokens = torch.cat([classes, self.cls_token.expand(len(h), -1, -1), visible], dim=1)
+        return self.run_blocks(tokens, c)[0][:, self.class_tokens :], h, c
 
-    def forward(self, x, t, y, drop=None, keep=None, encoded=False):
+    def forward(self, x, t, y, drop=None, control=None, keep=None, encoded=False):
         """F [N, C, H, W] of noisy latents x at noise levels sigma = t [N] for the classes y [N] (`num_classes`: null).
 
-        drop [N] bool: labels replaced by the null class. keep: see encode. encoded: also return the encoded tokens.
+        drop [N] bool: labels replaced by the null class. control [N, 7]: see ControlEmbedder. keep: see encode.
+        encoded: also return the encoded tokens.
         """
-        tokens, h, c = self.encode(x, t, y, drop, keep)
+        tokens, h, c = self.encode(x, t, y, drop, keep, control)
         if self.cls_embedder is not None:
             c = c + self.cls_embedder(nn.functional.layer_norm(tokens[:, 0], h.shape[2:], eps=1e-6))
         x = tokens[:, 1:]
@@ -371,7 +471,7 @@ def from_official(state):
             converted[name] = -half[:, 0].reshape(-1, *converted[name].shape[1:])
         weight = converted["t_embedder.mlp.0.weight"]
         cos, sin = weight.chunk(2, dim=1)
-        f = TimestepEmbedder(4, cos.shape[1]).omega
+        f = Sinusoids(cos.shape[1]).omega
         mirrored = [cos * f.cos() + sin * f.sin(), cos * f.sin() - sin * f.cos()]
         converted["t_embedder.mlp.0.weight"] = torch.cat(mirrored, dim=1)
     classes, tokens = len(converted["y_embedder.embedding_table.weight"]) - 1, converted["pos_embed"].shape[1]

@@ -13,7 +13,8 @@ The cache (--out), read back by `CachedFeatures`:
     labels.npy   [N] int64                   index of the sorted class name
     control.npy  [N, V, 7] int32             h0, w0, top, left, h, w, flip: which part of which image the view shows
     meta.json                                what made the cache, and whether it is complete
-N images, V views: 1, or 2 with --flip (the mirrored image encoded; a mirrored latent is not the latent of the mirror).
+N images, V views: the centre crop; with --flip its mirror image (encoded: a mirrored latent is not the latent of the
+mirror); with --crops K, K random squares. Targets and control are those of the view.
 """
 
 import argparse
@@ -139,6 +140,33 @@ def center_box(image):
     """(h0, w0, top, left, h, w): size of a PIL image and the box of its centred square, in pixels of the original."""
     side = min(image.size)
     return image.height, image.width, (image.height - side) // 2, (image.width - side) // 2, side, side
+
+
+def random_box(image, rng):
+    """Like center_box, for a random square of 0.4 to 1 times the centred one's area (arXiv 2411.03177; 0.4 is ours)."""
+    side = min(image.size)
+    side = max(1, round(side * rng.uniform(0.4, 1) ** 0.5))
+    top, left = rng.integers(image.height - side, endpoint=True), rng.integers(image.width - side, endpoint=True)
+    return image.height, image.width, top, left, side, side
+
+
+def image_views(image, size, flip, crops, rng):
+    """The views of a PIL image as uint8 [V, 3, size, size], and their rows of control.npy: int32 [V, 7].
+
+    Boxes are in pixels of the image before it is mirrored. With `flip`, half of the random crops are mirrored as well.
+    """
+    center = center_crop(image, size)
+    squares, control = [center], [(*center_box(image), 0)]
+    if flip:
+        squares.append(center.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+        control.append((*center_box(image), 1))
+    for _ in range(crops):
+        _, _, top, left, h, w = box = random_box(image, rng)
+        square = center_crop(image.crop((left, top, left + w, top + h)), size)
+        mirror = flip and rng.random() < 0.5
+        squares.append(square.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else square)
+        control.append((*box, mirror))
+    return np.stack([np.asarray(square).transpose(2, 0, 1) for square in squares]), np.array(control, dtype=np.int32)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -425,12 +453,12 @@ class CachedFeatures(Dataset):
     `features.__getitems__(indices)` returns a dict of arrays, one row per index:
         moments [n, 2C, h, w] float16, labels [n] int64, control [n, 7] int32, and with `targets` targets [n, T, F].
     `features.meta` is meta.json, `features.labels` [number of images] the labels; images that were skipped as
-    unreadable are not counted. ValueError if `path` is no complete cache of this version, or lacks the targets.
+    unreadable are not counted. ValueError if `path` is no complete cache of this version, or lacks targets or control.
     """
 
-    def __init__(self, path, targets=True):
+    def __init__(self, path, targets=True, control=True):
         path = Path(path)
-        self.opened = path, targets
+        self.opened = path, targets, control
         if not (path / "meta.json").is_file():
             raise ValueError(f"{path}: no feature cache there (no meta.json); make one with extract_features.py")
         self.meta = json.loads((path / "meta.json").read_text())
@@ -439,10 +467,11 @@ class CachedFeatures(Dataset):
             raise ValueError(f"{path}: cache format {found}, this version reads {FORMAT_VERSION}; extract it again")
         if not self.meta["complete"]:
             raise ValueError(f"{path}: the cache is incomplete; run the same extract_features.py command again")
-        names = ["moments", "labels", "control"] + ["targets"] * bool(targets)
+        names = ["moments", "labels"] + ["control"] * bool(control) + ["targets"] * bool(targets)
         missing = [name for name in names if name not in self.meta["arrays"]]
         if missing:
-            raise ValueError(f"{path}: the cache has no {missing[0]}; extract it with an --encoder")
+            remedy = "extract it with an --encoder" if missing[0] == "targets" else "extract it again"
+            raise ValueError(f"{path}: the cache has no {missing[0]}; {remedy}")
         self.arrays = {}
         for name in names:
             try:
@@ -472,6 +501,18 @@ class CachedFeatures(Dataset):
             batch[name][order] = array[rows[order]]
         return batch
 
+    def control_table(self, per_class=50):
+        """int32 [classes, per_class, 7]: control rows of `per_class` images of each class, centred and not mirrored.
+
+        Evenly spread over a class, repeated if it has fewer; zeros (no control) for a class without images.
+        """
+        table = np.zeros((len(self.meta["classes"]), per_class, 7), np.int32)
+        for label in np.unique(self.labels):
+            images = self.rows[self.labels == label]
+            images = images[np.linspace(0, len(images) - 1, per_class).astype(int)]
+            table[label] = self.arrays["control"][images * self.views]
+        return table
+
     def __getitem__(self, index):
         return {name: rows[0] for name, rows in self.__getitems__([index]).items()}
 
@@ -484,8 +525,8 @@ class Chunks(Dataset):
     """Item c: the views of images c * size .. (c+1) * size - 1 as uint8 [n, V, 3, S, S], their control rows [n, V, 7],
     and a dict of the unreadable ones, index -> error (an exception would leave the worker as a traceback)."""
 
-    def __init__(self, images, size, image_size, flip):
-        self.images, self.size, self.image_size, self.flip = images, size, image_size, flip
+    def __init__(self, images, size, image_size, flip=False, crops=0, seed=0):
+        self.images, self.size, self.image_size, self.views, self.seed = images, size, image_size, (flip, crops), seed
 
     def __len__(self):
         return -(-len(self.images) // self.size)
@@ -497,11 +538,10 @@ class Chunks(Dataset):
                 image = self.images[i]
             except ValueError as error:
                 image, bad[i] = Image.new("RGB", (self.image_size, self.image_size)), str(error)
-            view = np.asarray(center_crop(image, self.image_size)).transpose(2, 0, 1)
-            views = [view, view[:, :, ::-1]] if self.flip else [view]
-            pixels.append(np.stack(views))
-            control.append([(*center_box(image), flip) for flip in range(len(views))])
-        return chunk, np.stack(pixels), np.array(control, dtype=np.int32), bad
+            views, rows = image_views(image, self.image_size, *self.views, np.random.default_rng([self.seed, i]))
+            pixels.append(views)
+            control.append(rows)
+        return chunk, np.stack(pixels), np.stack(control), bad
 
 
 class ArrayFile:
@@ -560,7 +600,7 @@ def extract(out, meta, images, autoencoder, encoder, args, rank, world, device):
     """Encode this rank's share of the chunks that `progress.npy` does not mark as written."""
     done = np.load(out / "progress.npy", mmap_mode="r")
     todo = [chunk for chunk in np.flatnonzero(done == 0).tolist() if chunk % world == rank]
-    chunks = Chunks(images, meta["chunk"], meta["image_size"], args.flip)
+    chunks = Chunks(images, meta["chunk"], meta["image_size"], args.flip, args.crops, args.seed)
     loader = DataLoader(chunks, batch_size=None, sampler=todo, num_workers=args.workers)
     files = {name: ArrayFile(out / f"{name}.npy") for name in meta["arrays"]}
     progress = ArrayFile(out / "progress.npy")
@@ -613,7 +653,7 @@ def check_cache(path, size=1024):
 
 def describe(args, images, autoencoder, encoder):
     """The contents of meta.json."""
-    count, views, side = len(images), 1 + args.flip, args.image_size // autoencoder.downsampling
+    count, views, side = len(images), 1 + args.flip + args.crops, args.image_size // autoencoder.downsampling
     grid = side // args.patch
     arrays = {
         "moments": dict(shape=[count, views, 2 * autoencoder.channels, side, side], dtype="float16"),
@@ -630,6 +670,9 @@ def describe(args, images, autoencoder, encoder):
         classes=images.classes,
         image_size=args.image_size,
         views=views,
+        flip=args.flip,
+        crops=args.crops,
+        seed=args.seed,
         vae=args.vae,
         latent_channels=autoencoder.channels,
         latent_side=side,
@@ -656,6 +699,8 @@ def parse_args(argv=None):
     parser.add_argument("--encoder-weights", help="local file for --encoder, or files with commas between")
     parser.add_argument("--target-dtype", choices=["float16", "int8"], default="float16", help="int8 halves the disk")
     parser.add_argument("--flip", action="store_true", help="also encode the mirrored image, as a second view")
+    parser.add_argument("--crops", type=int, default=0, metavar="K", help="also encode K random squares of each image")
+    parser.add_argument("--seed", type=int, default=0, help="of the random squares")
     parser.add_argument("--limit", type=int, help="only this many images, evenly spread over the source")
     parser.add_argument("--skip-bad", action="store_true", help="leave unreadable images out instead of stopping")
     parser.add_argument("--check", metavar="DIR", help="prove that a cache is complete and sound, and exit")
@@ -665,6 +710,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not args.check and not (args.data and args.out):
         parser.error("--data and --out are needed, or --check DIR")
+    for name in ("crops", "seed", "workers"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name} {getattr(args, name)}: must not be negative")
     return args
 
 

@@ -112,32 +112,44 @@ def edm_denoiser(network):
     return denoiser
 
 
-def guided(model, y, scale=1.0, interval=None, guide=None):
+def guided(model, y, scale=1.0, interval=None, guide=None, control=None, control_scale=None):
     """model(x, t, y) -> a function of (x, t): guidance on all channels at the noise levels of the inclusive interval.
 
     Classifier-free: v = v(null) + scale (v(y) - v(null)); with a second network `guide`: v = g(y) + scale (v(y) - g(y))
-    (autoguidance, arXiv 2406.02507). Outside the interval, or with scale <= 1, there is no second pass. For EDM's F
-    it is the same as for the denoiser, which is affine in F.
+    (autoguidance, arXiv 2406.02507). Both branches see the same control [N, 7], which is not amplified. With scales of
+    their own (arXiv 2411.03177), in three passes, 0 for null class or no control:
+        v = v(0, 0) + scale (v(y, 0) - v(0, 0)) + scale control_scale (v(y, control) - v(y, 0))
+    Outside the interval, or with scale <= 1 and no control_scale, there is one pass. For EDM's F it is the same as for
+    the denoiser, which is affine in F.
+    paper: its guidance formula was not read / here: reconstructed from the two scales that it names.
     official code: DiT and SiT guide only three of the four channels (DiT#41) / here: all, as in REPA.
     official code: Heun's second evaluation is guided if the step's start is / here: if its own t is in the interval.
     """
 
     def velocity(x, t):
         x, times = x.float(), torch.full((len(x),), t, device=x.device)
-        if scale <= 1 or (interval and not interval[0] <= t <= interval[1]):
-            return model(x, times, y)
-        if guide is None:
-            null = torch.full_like(y, model.num_classes)
-            v, v_weak = model(torch.cat([x, x]), torch.cat([times, times]), torch.cat([y, null])).chunk(2)
-        else:
-            v, v_weak = model(x, times, y), guide(x, times, y)
-        return v_weak + scale * (v - v_weak)
+        single = scale <= 1 and control_scale is None
+        if single or (interval and not interval[0] <= t <= interval[1]):
+            return model(x, times, y, control=control)
+        if guide is not None:
+            v, v_weak = model(x, times, y, control=control), guide(x, times, y, control=control)
+            return v_weak + scale * (v - v_weak)
+        null = torch.full_like(y, model.num_classes)
+        if control_scale is None:
+            twice = None if control is None else torch.cat([control, control])
+            v, v_null = model(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([y, null]), control=twice).chunk(2)
+            return v_null + scale * (v - v_null)
+        classes, controls = torch.cat([y, y, null]), torch.cat([control, 0 * control, 0 * control])
+        v, v_y, v_null = model(x.repeat(3, 1, 1, 1), times.repeat(3), classes, control=controls).chunk(3)
+        return v_null + scale * (v_y - v_null) + scale * control_scale * (v - v_y)
 
     return velocity
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # From a checkpoint to images
+
+FIXED_CONTROL = [512, 512, 0, 0, 512, 512, 0]  # h0, w0, top, left, h, w, flip
 
 
 def read_checkpoint(path):
@@ -155,7 +167,7 @@ def read_checkpoint(path):
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: not a checkpoint")
     if {"model", "ema", "config", "data", "step"} <= checkpoint.keys():
-        return checkpoint
+        return {"control": None} | checkpoint
     try:
         config, state = dit.from_official(checkpoint.get("ema", checkpoint))
     except ValueError as error:
@@ -163,7 +175,8 @@ def read_checkpoint(path):
     vae, scale = "stabilityai/sd-vae-ft-ema", 0.18215
     data = dict(vae=vae, latent_scale=scale, latent_shift=0.0, image_size=8 * config["input_size"])
     data["classes"] = [str(i) for i in range(config["num_classes"])]
-    return dict(model=state, ema=state, config=config, data=data, step=checkpoint.get("steps"), args={"ema": 0.9999})
+    checkpoint = dict(step=checkpoint.get("steps"), args={"ema": 0.9999}, control=None)
+    return checkpoint | dict(model=state, ema=state, config=config, data=data)
 
 
 def load_model(path, weights="ema", device="cpu"):
@@ -203,6 +216,20 @@ def choose_labels(labels, indices, num_classes, seed):
     return torch.tensor([choices[int(i) % len(choices)] for i in indices])
 
 
+def choose_control(control, table, y, indices, seed):
+    """Control rows [n, 7] of the images `indices` with classes y [n]; None for "none" or a model without control.
+
+    "empirical": a random row of the image's class in `table` [classes, rows, 7]; "fixed": a sharp whole image of
+    512 x 512 pixels, as in arXiv 2411.03177 tables 2a and 2b; or seven numbers h0, w0, top, left, h, w, flip.
+    """
+    if control == "none" or table is None:
+        return None
+    if control == "empirical":
+        draws = [np.random.default_rng([seed, int(i), 2]).integers(table.shape[1]) for i in indices]
+        return table[y, torch.tensor(draws)]
+    return torch.tensor(FIXED_CONTROL if control == "fixed" else control).expand(len(y), -1)
+
+
 def choose_sampler(model, sampler=None, steps=None):
     """The sampler and its number of steps, by default edm with 40 for SD-DiT and ode with 50 for flow matching.
 
@@ -217,8 +244,11 @@ def choose_sampler(model, sampler=None, steps=None):
 
 
 @torch.no_grad()
-def generate(model, indices, y, sampler=None, steps=None, seed=0, cfg=1.0, interval=None, guide=None):
-    """Latents float64 [N, C, H, W] of the images `indices` with classes y [N], on the model's device."""
+def generate(model, indices, y, sampler=None, steps=None, seed=0, control=None, **guidance):
+    """Latents float64 [N, C, H, W] of the images `indices` with classes y [N], on the model's device.
+
+    control [N, 7], guidance: see `guided`. Times and noise levels are those of the model's time shift.
+    """
     device, (sampler, steps) = model.pos_embed.device, choose_sampler(model, sampler, steps)
     generators = image_generators(seed, indices)
     side = model.grid * model.patch_size
@@ -227,12 +257,13 @@ def generate(model, indices, y, sampler=None, steps=None, seed=0, cfg=1.0, inter
         rows = [torch.randn(model.in_channels, side, side, generator=generator) for generator in generators]
         return torch.stack(rows).to(device)                                       # (N, C, H, W)
 
-    network = guided(model, y.to(device), cfg, interval, guide)
+    control, shift = None if control is None else control.to(device), model.time_shift
+    network = guided(model, y.to(device), control=control, **guidance)
     if sampler == "edm":
-        return edm_heun(edm_denoiser(network), noise(), edm_sigmas(steps))
+        return edm_heun(edm_denoiser(network), noise(), shift * edm_sigmas(steps))
     if sampler == "sde":
-        return flow_sde(network, noise(), sde_times(steps), noise)
-    return flow_ode(network, noise(), ode_times(steps), heun=sampler == "heun")
+        return flow_sde(network, noise(), dit.shift_time(sde_times(steps), shift), noise)
+    return flow_ode(network, noise(), dit.shift_time(ode_times(steps), shift), heun=sampler == "heun")
 
 
 def decode(latents, autoencoder, data):
@@ -256,13 +287,17 @@ def save_grid(images, path, columns, gap=4):
     Image.fromarray(grid[:-gap, :-gap]).save(path)
 
 
-def preview(model, data, autoencoder, path, seed=0, columns=10):
-    """The picture that training scripts draw of their EMA: a class per column, default sampler, no guidance."""
+def preview(model, data, autoencoder, path, seed=0, table=None, columns=10):
+    """The picture that training scripts draw of their EMA: a class per column, default sampler, no guidance.
+
+    table: control rows by class, of which `empirical` draws.
+    """
     num_classes = len(data["classes"])
     columns = min(columns, num_classes) if num_classes > 1 else columns
     classes = np.linspace(0, num_classes - 1, columns).astype(int).tolist()
     indices = range(4 * columns)
-    latents = generate(model, indices, choose_labels(classes, indices, num_classes, seed), seed=seed)
+    y = choose_labels(classes, indices, num_classes, seed)
+    latents = generate(model, indices, y, seed=seed, control=choose_control("empirical", table, y, indices, seed))
     save_grid(decode(latents, autoencoder, data), path, columns)
 
 
@@ -287,6 +322,8 @@ def parse_args(argv=None):
     parser.add_argument("--steps", type=int, help="default: 50, edm 40; REPA's numbers need sde with 250")
     parser.add_argument("--cfg", type=float, default=1.0, help="guidance scale w; no guidance at 1")
     parser.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels to guide at")
+    parser.add_argument("--control", default="empirical", help="empirical, fixed, none, or h0,w0,top,left,h,w,flip")
+    parser.add_argument("--control-cfg", type=float, metavar="BETA", help="guide class and control apart: three passes")
     parser.add_argument("--guide", help="checkpoint of a weaker model: autoguidance instead of the null class")
     parser.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged or raw weights")
     parser.add_argument("--model", help="SIZE/PATCH the checkpoint must have, e.g. XL/2 (it is recognised without)")
@@ -302,11 +339,31 @@ def parse_args(argv=None):
     for name, suffix in (("out", ".npz"), ("grid", ".png")):
         if not (getattr(args, name) or suffix).endswith(suffix):
             parser.error(f"--{name} {getattr(args, name)}: must end in {suffix}")
+        folder = Path(getattr(args, name) or ".").parent
+        if name == "grid" and not folder.is_dir():
+            parser.error(f"--grid {args.grid}: no such folder {folder}")
+    if args.cfg < 1:
+        parser.error(f"--cfg {args.cfg}: must be at least 1")
+    if args.interval and not 0 <= args.interval[0] < args.interval[1]:
+        parser.error("--interval {} {}: expected two noise levels, the lower one first".format(*args.interval))
+    guiding = args.cfg > 1 or args.control_cfg is not None
+    if not guiding and (args.guide or args.interval):
+        parser.error(f"--{'guide' if args.guide else 'interval'} has no effect without --cfg above 1")
+    if args.control_cfg is not None and (args.guide or args.control == "none" or args.control_cfg < 0):
+        parser.error(f"--control-cfg {args.control_cfg}: needs a scale >= 0, a --control, and the null class as guide")
     if args.labels not in ("random", "balanced"):
         try:
             args.labels = [int(label) for label in args.labels.split(",")]
         except ValueError:
             parser.error(f"--labels {args.labels}: expected random, balanced or class indices such as 207,360")
+    if args.control not in ("empirical", "fixed", "none"):
+        try:
+            h0, w0, top, left, h, w, flip = args.control = [int(value) for value in args.control.split(",")]
+            good = min(top, left) >= 0 < min(h, w) and top + h <= h0 and left + w <= w0 and flip in (0, 1)
+        except ValueError:
+            good = False
+        if not good:
+            parser.error(f"--control {args.control}: expected empirical, fixed, none, or a box h0,w0,top,left,h,w,flip")
     return args
 
 
@@ -353,7 +410,11 @@ def main(argv=None):
         data, num_classes = checkpoint["data"], len(checkpoint["data"]["classes"])
         if isinstance(args.labels, list) and not all(0 <= label < num_classes for label in args.labels):
             raise ValueError(f"--labels {args.labels}: the model knows classes 0 to {num_classes - 1}")
-        if args.cfg > 1 and not guide and not model.y_embedder.dropout_prob:
+        if model.control_embedder is None:
+            if args.control not in ("none", "empirical") or args.control_cfg is not None:
+                raise ValueError(f"--control {args.control}: the model was trained without --control")
+            args.control = "none"
+        if (args.cfg > 1 or args.control_cfg is not None) and not guide and not model.y_embedder.dropout_prob:
             raise ValueError(f"--cfg {args.cfg}: the model was trained without label dropout and has no null class")
         if args.out and target.exists():
             raise ValueError(f"--out {args.out} exists; delete it or choose another name")
@@ -364,6 +425,9 @@ def main(argv=None):
             cfg=args.cfg,
             interval=args.interval,
             guide=file_hash(args.guide) if args.guide else None,
+            control=args.control,
+            control_cfg=args.control_cfg,
+            time_shift=model.time_shift,
             labels=args.labels,
             seed=args.seed,
             count=args.num,
@@ -385,6 +449,7 @@ def main(argv=None):
 
     done = np.load(folder / "done.npy", mmap_mode="r")
     todo = np.flatnonzero(done == 0)
+    guidance = dict(scale=args.cfg, interval=args.interval, guide=guide, control_scale=args.control_cfg)
     batches = [todo[i : i + args.batch_size] for i in range(0, len(todo), args.batch_size)][rank::world]
     if world > 1:
         dist.barrier()  # every rank has read the same `done` before any writes to it
@@ -392,8 +457,9 @@ def main(argv=None):
     bar = tqdm(total=args.num, initial=int(done.sum()), unit="img", disable=rank > 0)
     for indices in batches:
         y = choose_labels(args.labels, indices, num_classes, args.seed)
+        control = choose_control(args.control, checkpoint["control"], y, indices, args.seed)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            latents = generate(model, indices, y, args.sampler, args.steps, args.seed, args.cfg, args.interval, guide)
+            latents = generate(model, indices, y, args.sampler, args.steps, args.seed, control, **guidance)
         pixels = decode(latents, autoencoder, data)
         for run in np.split(np.arange(len(indices)), np.flatnonzero(np.diff(indices) > 1) + 1):
             images.write(indices[run[0]], pixels[run])

@@ -25,9 +25,11 @@ import argparse
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
@@ -49,8 +51,10 @@ from extract_features import CachedFeatures, load_autoencoder
 
 NAME = Path(__file__).stem.removeprefix("train_")
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, for the model FLOP utilisation
-MAY_CHANGE = {"out", "steps", "micro_batch", "compile", "log_every", "sample_every", "save_every", "keep_every"}
-MAY_CHANGE |= {"workers"}
+MAY_CHANGE = {"data", "out", "steps", "micro_batch", "compile", "workers"}  # when a run is resumed
+MAY_CHANGE |= {"log_every", "sample_every", "save_every", "keep_every"}
+AT_LEAST = dict(steps=1, batch_size=1, micro_batch=1, log_every=1, sample_every=0, save_every=1, keep_every=1, bench=1)
+AT_LEAST |= dict(lr=0, ema=0, seed=0, workers=0, warmup=0, control_drop=0, class_tokens=0)
 
 
 def parse_args(argv=None):
@@ -61,7 +65,7 @@ def parse_args(argv=None):
     parser.add_argument("--steps", type=int, default=400_000, help="optimiser steps")
     parser.add_argument("--batch-size", type=int, default=256, help="images per step over all processes")
     parser.add_argument("--micro-batch", type=int, help="images at once per process (default: all of its share)")
-    parser.add_argument("--lr", type=float, default=1e-4, help="learning rate of AdamW, constant")
+    parser.add_argument("--lr", type=float, default=1e-4, help="learning rate of AdamW")
     parser.add_argument("--ema", type=float, default=0.9999, help="decay of the averaged weights, per step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", choices=["bf16", "fp32"], help="default: bf16 on CUDA, fp32 on the CPU")
@@ -72,10 +76,16 @@ def parse_args(argv=None):
     parser.add_argument("--keep-every", type=int, default=50_000, help="steps between snapshots STEP.pt")
     parser.add_argument("--workers", type=int, help="loader processes (default: 4 if targets are read, else 0)")
     parser.add_argument("--init", metavar="CKPT", help="start from the EMA weights of this checkpoint where they fit")
+    parser.add_argument("--warmup", type=int, default=0, help="steps in which --lr rises from 0")
+    parser.add_argument("--time-shift", type=float, help="of dit.shift_time (default: 1; with --init: ratio of sides)")
+    parser.add_argument("--control", choices=["none", "constant", "cosine"], default="none", help="size, crop and flip")
+    parser.add_argument("--control-alpha", type=float, default=1.0, help="exponent of the cosine weight of the size")
+    parser.add_argument("--control-drop", type=float, default=0.1, help="share of images trained without control")
+    parser.add_argument("--class-tokens", type=int, default=0, help="show the class as so many tokens, not in adaLN")
     parser.add_argument("--bench", type=int, metavar="N", help="time N steps of the loop against bare steps, and exit")
     # >>> repa
     parser.add_argument("--repa-weight", type=float, default=0.5, help="lambda; 0: plain SiT, no targets are read")
-    parser.add_argument("--repa-depth", type=int, help="aligned block d (default: 8 for L, XL; 4 for S, B; REPA#5)")
+    parser.add_argument("--repa-depth", type=int, help="aligned block d (default: L, XL 8; S, B 4, REPA#5; nano 2)")
     # <<< repa
     return parser.parse_args(argv)
 
@@ -127,14 +137,17 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.weight = model, args.repa_weight
         size = args.model.split("/")[0]
-        self.depth = args.repa_depth or {"nano": 2, "S": 4, "B": 4}.get(size, 8)
+        self.depth = {"nano": 2, "S": 4, "B": 4}.get(size, 8) if args.repa_depth is None else args.repa_depth
+        if self.weight < 0:
+            raise ValueError(f"--repa-weight {self.weight}: must not be negative")
         self.alignment = Alignment(model, self.depth, meta) if self.weight > 0 else None
 
-    def forward(self, x, y, t, eps, drop, targets=None):
-        """x, eps [N, C, H, W], y, t, drop [N], targets [N, T, sum of F] -> named scalar losses; `loss` is the total."""
+    def forward(self, x, y, t, eps, drop, targets=None, control=None):
+        """x, eps [N, C, H, W], y, t, drop [N], targets [N, T, sum of F], control [N, 7] -> named scalar losses."""
+        t = dit.shift_time(t, self.model.time_shift)
         time = t.view(-1, 1, 1, 1)
         x_t = (1 - time) * x + time * eps                                         # (N, C, H, W)
-        v, tokens = self.model(x_t, t, y, drop=drop, after=[self.depth])
+        v, tokens = self.model(x_t, t, y, drop=drop, control=control, after=[self.depth])
         loss = loss_fm = F.mse_loss(v.float(), eps - x)
         losses = {"loss_fm": loss_fm}
         if self.alignment:
@@ -163,14 +176,31 @@ def micro_batches(images, views, batch, micro, accumulation, rank, seed, start):
             yield order[i * batch + k * micro :][:micro]
 
 
+def transfer(path, config):
+    """What a model needs of the checkpoint --init to start from it at another resolution (arXiv 2411.03177).
+
+    The grid of its positions, and its time shift times the ratio of the sides. ValueError if the checkpoint has other
+    tokens than `config`, so that hardly a weight would fit.
+    """
+    theirs = sample.read_checkpoint(path)["config"]
+    for key in ("patch_size", "hidden_size", "depth", "num_heads", "in_channels"):
+        if theirs[key] != config[key]:
+            raise ValueError(f"--init {path}: its {key} is {theirs[key]}, that of the model to train {config[key]}")
+    grid, ratio = theirs["input_size"] // theirs["patch_size"], config["input_size"] / theirs["input_size"]
+    return dict(pos_base=theirs.get("pos_base") or grid, time_shift=theirs.get("time_shift", 1.0) * ratio)
+
+
 def load_init(path, model):
     """Copy the EMA weights of a checkpoint into `model` where names and shapes fit; returns a line that says which."""
-    source, _ = sample.load_model(path)
-    own, found = model.state_dict(), source.state_dict()
+    own, found = model.state_dict(), sample.read_checkpoint(path)["ema"]
     fits = {name: value for name, value in found.items() if name in own and own[name].shape == value.shape}
     model.load_state_dict(fits, strict=False)
-    skipped, new = [name for name in found if name not in fits], [name for name in own if name not in fits]
-    return f"--init {path}: {len(fits)} tensors loaded; skipped: {skipped or 'none'}; new: {new or 'none'}"
+    resized = {name for name in own.keys() & found.keys() - fits.keys() if name.endswith("pos_embed")}
+    new, unused = (names.keys() - fits.keys() - resized for names in (own, found))
+    parts = [f"{len(fits)} tensors loaded"]
+    for kind, names in (("resized", resized), ("new", new), ("unused", unused)):
+        parts.append(f"{kind}: {', '.join(sorted({name.split('.')[0] for name in names})) or 'none'}")
+    return f"--init {path}: {'; '.join(parts)}"
 
 
 def save(path, checkpoint):
@@ -185,6 +215,13 @@ def save(path, checkpoint):
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         temporary.unlink(missing_ok=True)
         sys.exit(f"cannot write {path} ({error}); free some space and run the same command again")
+
+
+def write_rows(path, rows):
+    """Replace the log by these rows, at once."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(temporary, path)
 
 
 def write_row(path, row):
@@ -263,14 +300,20 @@ def main(argv=None):
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
 
-    # Batch: the global batch is split over processes, then into micro-batches
-    micro = args.micro_batch or max(args.batch_size // world, 1)
-    accumulation = args.batch_size // (micro * world)
     out, last = Path(args.out), Path(args.out) / "last.pt"
     try:
-        if min(args.steps, args.log_every, args.save_every, args.keep_every) < 1:
-            raise ValueError("--steps, --log-every, --save-every and --keep-every must be at least 1")
-        if args.batch_size < 1 or micro < 1 or micro * world * accumulation != args.batch_size:
+        for name, least in AT_LEAST.items():
+            if getattr(args, name) is not None and not getattr(args, name) >= least:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
+        if args.ema > 1 or args.control_drop > 1:
+            raise ValueError("--ema and --control-drop must not be above 1")
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out {out}: is a file; choose a folder")
+
+        # Batch: the global batch is split over processes, then into micro-batches
+        micro = args.micro_batch or max(args.batch_size // world, 1)
+        accumulation = args.batch_size // (micro * world)
+        if micro * world * accumulation != args.batch_size:
             share = f"{world} process(es) x micro-batch {micro}"
             raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {share}")
 
@@ -278,33 +321,39 @@ def main(argv=None):
         # >>> repa
         arch, read_targets = {"arch": "DiT"}, args.repa_weight > 0
         # <<< repa
-        features = CachedFeatures(args.data, targets=read_targets)
+        features = CachedFeatures(args.data, targets=read_targets, control=args.control != "none")
         meta = features.meta
         images = len(features.labels)
         if args.batch_size > images:
             raise ValueError(f"--batch-size {args.batch_size} is larger than the {images} images of {args.data}")
         side, channels, classes = meta["latent_side"], meta["latent_channels"], len(meta["classes"])
         config = arch | dict(input_size=side, in_channels=channels, num_classes=classes) | dit.parse_model(args.model)
-        torch.manual_seed(args.seed)
-        model = dit.build(config)
-        resume = last.exists() and not args.bench
-        if args.init and not resume:
-            message = load_init(args.init, model)
-            if rank == 0:
-                print(message)
-        objective = Objective(model, args, meta).to(device)
-        autoencoder = load_autoencoder(meta["vae"], device) if rank == 0 and args.sample_every else None
+        config |= dict(control=args.control, control_alpha=args.control_alpha, class_tokens=args.class_tokens)
 
         # Resume, or start at step 0
-        step, checkpoint = 0, None
-        if resume:
-            checkpoint = sample.read_checkpoint(last)
+        step, checkpoint = 0, sample.read_checkpoint(last) if last.exists() and not args.bench else None
+        if checkpoint:
             mine, theirs = vars(args), checkpoint["args"]
-            different = [key for key in mine if key not in MAY_CHANGE and mine[key] != theirs.get(key)]
+            different = [key for key in mine if key not in MAY_CHANGE and mine[key] != theirs.get(key, mine[key])]
             if different:
                 was, now = ({key: each.get(key) for key in different} for each in (theirs, mine))
                 raise ValueError(f"{out} holds another run: {was} there, {now} here; choose another --out")
-            step = checkpoint["step"]
+            if checkpoint["data"] != meta:
+                raise ValueError(f"{out} holds a run on another cache than {args.data}; choose another --out")
+            step, config = checkpoint["step"], checkpoint["config"]
+        elif args.init:
+            config |= transfer(args.init, config)
+        if args.time_shift is not None:
+            config["time_shift"] = args.time_shift
+        torch.manual_seed(args.seed)
+        model = dit.build(config)
+        if args.init and not checkpoint:
+            message = load_init(args.init, model)
+            if rank == 0:
+                print(f"{message}; time shift {model.time_shift:g}")
+        objective = Objective(model, args, meta).to(device)
+        control_table = torch.from_numpy(features.control_table()) if args.control != "none" else None
+        autoencoder = load_autoencoder(meta["vae"], device) if rank == 0 and args.sample_every else None
     except (ValueError, OSError) as error:
         sys.exit(f"{Path(__file__).name}: {error}")
 
@@ -323,7 +372,13 @@ def main(argv=None):
         model.compile()
     wrapped = objective
     if world > 1:
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor is too new
         wrapped = DistributedDataParallel(objective, device_ids=[device] if cuda else None, broadcast_buffers=False)
+
+    # Ctrl-C and SIGTERM end the run at the next row of the log, with a checkpoint; a second one ends it at once
+    interrupted = []
+    for number in (signal.SIGINT, signal.SIGTERM) if not args.bench else ():
+        signal.signal(number, lambda number, _: (interrupted.append(number), signal.signal(number, signal.SIG_DFL)))
 
     # Data: moments, labels and targets of this rank's micro-batches, from `step` on
     order = micro_batches(images, meta["views"], args.batch_size, micro, accumulation, rank, args.seed, step)
@@ -337,11 +392,13 @@ def main(argv=None):
         out.mkdir(parents=True, exist_ok=True)
         lines = log.read_text().splitlines() if log.exists() else []
         rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may have cut the last one
-        log.write_text("".join(json.dumps(row) + "\n" for row in rows if row.get("step", 0) <= step))
+        write_rows(log, [row for row in rows if row.get("step", 0) <= step])
         versions = dict(python=sys.version.split()[0], torch=torch.__version__, cuda=torch.version.cuda)
         name = torch.cuda.get_device_name() if cuda else "cpu"
         start = dict(argv=sys.argv, versions=versions, device=name, processes=world, git=git_hash())
         write_row(log, start | {"args": vars(args)})
+        if step >= args.steps:
+            print(f"{last} is at step {step} already; raise --steps to go on")
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0)
     peak = peak_flops(device)
     mfu_scale = 3 * forward_flops(config) / world / peak if peak else None  # backward = 2 x forward
@@ -358,6 +415,8 @@ def main(argv=None):
             "eps": torch.randn(shape, generator=g, device=device),
             "drop": torch.rand(args.batch_size, generator=g, device=device) < 0.1,
         }
+        if args.control != "none":
+            draws["control_drop"] = torch.rand(args.batch_size, generator=g, device=device) < args.control_drop
         means = 0
         for k in range(rank * accumulation, (rank + 1) * accumulation):
             batch = {name: value.to(device, non_blocking=True) for name, value in next(loader).items()}
@@ -365,11 +424,17 @@ def main(argv=None):
             rows = slice(k * micro, (k + 1) * micro)
             x = (mean + std * noise[rows] - shift) * scale                        # (N, C, H, W)
             inputs = dict(x=x, y=batch["labels"], **{name: value[rows] for name, value in draws.items()})
+            if args.control != "none":
+                dropped = inputs.pop("control_drop").unsqueeze(1)
+                inputs["control"] = batch["control"].masked_fill(dropped, 0)      # (N, 7), zeros: no control
             if read_targets:
                 inputs["targets"] = batch["targets"]
             with wrapped.no_sync() if world > 1 and (k + 1) % accumulation else nullcontext():
                 losses = forward_backward(wrapped, inputs, args.precision, accumulation)
             means = means + torch.stack([value.detach() for value in losses.values()]) / accumulation
+        lr = args.lr * min((step + 1) / max(args.warmup, 1), 1)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         grad_norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         finite = grad_norm.isfinite()
         optimizer.found_inf = (~finite).float()  # a non-finite step skips itself on the device: no host synchronisation
@@ -393,15 +458,20 @@ def main(argv=None):
                 break
             continue
 
-        if step % args.log_every == 0 or step == args.steps:
+        stop = step == args.steps
+        if step % args.log_every == 0 or stop:
+            totals = torch.cat([totals, totals.new_tensor([len(interrupted)])])
             if world > 1:
                 dist.all_reduce(totals)
-            *sums, applied = totals.tolist()
+            *sums, applied, interruptions = totals.tolist()
+            stop = stop or interruptions > 0
             if applied == 0:
-                sys.exit(f"no finite gradient in steps {since + 1} to {step}: lower --lr, or use --precision fp32")
+                bar.close()
+                which = f"steps {since + 1} to {step}" if step > since + 1 else f"step {step}"
+                sys.exit(f"no finite gradient in {which}: lower --lr, or use --precision fp32")
             rate = (step - since) * args.batch_size / (time.perf_counter() - clock)
             row = {"step": step, **{name: s / applied for name, s in zip([*losses, "grad_norm"], sums, strict=True)}}
-            row |= {"lr": args.lr, "img_per_s": rate, "mfu": rate * mfu_scale if peak else None}
+            row |= {"lr": lr, "img_per_s": rate, "mfu": rate * mfu_scale if peak else None}
             row |= {"memory_gb": memory_gb(device), "skipped": step - since - round(applied / world)}
             bar.set_postfix(loss=f"{row['loss']:.4f}", img_s=f"{rate:.0f}")
             if rank == 0:
@@ -409,16 +479,20 @@ def main(argv=None):
             totals, since, clock = 0, step, time.perf_counter()
 
         paused = time.perf_counter()
-        if rank == 0 and (step % args.save_every == 0 or step % args.keep_every == 0 or step == args.steps):
+        if rank == 0 and (step % args.save_every == 0 or step % args.keep_every == 0 or stop):
             heads = {name: value for name, value in objective.state_dict().items() if not name.startswith("model.")}
-            checkpoint = dict(step=step, args=vars(args), config=config, data=meta, opt=optimizer.state_dict())
-            checkpoint |= dict(model=model.state_dict(), ema=ema.module.state_dict(), heads=heads)
+            checkpoint = dict(step=step, args=vars(args), config=config, data=meta, control=control_table, heads=heads)
+            checkpoint |= dict(model=model.state_dict(), ema=ema.module.state_dict(), opt=optimizer.state_dict())
             save(last, checkpoint)
             if step % args.keep_every == 0:
                 save(out / f"{step:07d}.pt", checkpoint)
         if autoencoder and (step % args.sample_every == 0 or step == args.steps):
-            sample.preview(ema.module, meta, autoencoder, out / f"samples-{step:07d}.png", args.seed)
+            sample.preview(ema.module, meta, autoencoder, out / f"samples-{step:07d}.png", args.seed, control_table)
         clock += time.perf_counter() - paused  # img_per_s speaks of training alone
+        if stop and step < args.steps:
+            if rank == 0:
+                print(f"\ninterrupted at step {step}; run the same command again to go on")
+            break
 
     bar.close()
     if args.bench and rank == 0:

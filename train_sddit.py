@@ -19,7 +19,7 @@ Commands
     torchrun --nproc_per_node=8 train_sddit.py --steps 2400000 --precision fp32     the paper's longest table row
     python train_sddit.py --micro-batch 32                              one GPU
     python train_sddit.py --data features/digits --model nano/2 --steps 1000 --batch-size 64 --lr 2e-3 --ema 0.99 \\
-        --out runs/sddit                                                minutes on a laptop
+        --teacher-momentum 0.9 0.99 --tau-t 0.06 0.06 --out runs/sddit  minutes on a laptop
     Ablations (table 3 and figures): --sd-weight 0; --mask-ratio 0.5; --teacher-noise 0.3 or student; --no-cls-condition
 
 To resume, run the same command again. The lines of the method stand between `# >>> sddit` and `# <<< sddit`; everything
@@ -33,9 +33,11 @@ import argparse
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
@@ -57,8 +59,10 @@ from extract_features import CachedFeatures, load_autoencoder
 
 NAME = Path(__file__).stem.removeprefix("train_")
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, for the model FLOP utilisation
-MAY_CHANGE = {"out", "steps", "micro_batch", "compile", "log_every", "sample_every", "save_every", "keep_every"}
-MAY_CHANGE |= {"workers"}
+MAY_CHANGE = {"data", "out", "steps", "micro_batch", "compile", "workers"}  # when a run is resumed
+MAY_CHANGE |= {"log_every", "sample_every", "save_every", "keep_every"}
+AT_LEAST = dict(steps=1, batch_size=1, micro_batch=1, log_every=1, sample_every=0, save_every=1, keep_every=1, bench=1)
+AT_LEAST |= dict(lr=0, ema=0, seed=0, workers=0, warmup=0, control_drop=0, class_tokens=0)
 
 
 def parse_args(argv=None):
@@ -69,7 +73,7 @@ def parse_args(argv=None):
     parser.add_argument("--steps", type=int, default=400_000, help="optimiser steps")
     parser.add_argument("--batch-size", type=int, default=256, help="images per step over all processes")
     parser.add_argument("--micro-batch", type=int, help="images at once per process (default: all of its share)")
-    parser.add_argument("--lr", type=float, default=1e-4, help="learning rate of AdamW, constant")
+    parser.add_argument("--lr", type=float, default=1e-4, help="learning rate of AdamW")
     parser.add_argument("--ema", type=float, default=0.9999, help="decay of the averaged weights, per step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", choices=["bf16", "fp32"], help="default: bf16 on CUDA, fp32 on the CPU")
@@ -80,6 +84,12 @@ def parse_args(argv=None):
     parser.add_argument("--keep-every", type=int, default=50_000, help="steps between snapshots STEP.pt")
     parser.add_argument("--workers", type=int, help="loader processes (default: 4 if targets are read, else 0)")
     parser.add_argument("--init", metavar="CKPT", help="start from the EMA weights of this checkpoint where they fit")
+    parser.add_argument("--warmup", type=int, default=0, help="steps in which --lr rises from 0")
+    parser.add_argument("--time-shift", type=float, help="of dit.shift_time (default: 1; with --init: ratio of sides)")
+    parser.add_argument("--control", choices=["none", "constant", "cosine"], default="none", help="size, crop and flip")
+    parser.add_argument("--control-alpha", type=float, default=1.0, help="exponent of the cosine weight of the size")
+    parser.add_argument("--control-drop", type=float, default=0.1, help="share of images trained without control")
+    parser.add_argument("--class-tokens", type=int, default=0, help="show the class as so many tokens, not in adaLN")
     parser.add_argument("--bench", type=int, metavar="N", help="time N steps of the loop against bare steps, and exit")
     # >>> sddit
     parser.add_argument("--mask-ratio", type=float, default=0.2, help="share of the student's patches to mask, [0, 1)")
@@ -89,6 +99,7 @@ def parse_args(argv=None):
     parser.add_argument("--prototypes", type=int, help="K (default: 8192; 256 for nano)")
     parser.add_argument("--tau-s", type=float, default=0.1, help="temperature of the student")
     parser.add_argument("--tau-t", type=float, nargs=2, default=[0.09, 0.099], help="teacher's, first and from epoch 5")
+    parser.add_argument("--teacher-momentum", type=float, nargs=2, default=[0.996, 0.999], help="m, first and last")
     # <<< sddit
     return parser.parse_args(argv)
 
@@ -118,9 +129,9 @@ def teacher_temperature(epoch, first=0.09, last=0.099, epochs=5):
     return first + (last - first) * min(epoch / (epochs - 1), 1)
 
 
-def teacher_momentum(step, steps):
-    """0.996 at the start, 0.999 at the end of the run, half a cosine in between."""
-    return 0.999 - 0.003 * (np.cos(np.pi * step / steps) + 1) / 2
+def teacher_momentum(step, steps, first=0.996, last=0.999):
+    """`first` at the start, `last` at the end of the run, half a cosine in between."""
+    return last - (last - first) * (np.cos(np.pi * step / steps) + 1) / 2
 
 
 class Head(nn.Module):
@@ -162,8 +173,10 @@ class Objective(nn.Module):
             raise ValueError(f"--teacher-noise {args.teacher_noise}: expected a noise level such as 0.002, or student")
         if min(args.tau_s, *args.tau_t) <= 0 or prototypes < 2:
             raise ValueError("--tau-s and --tau-t must be positive, and --prototypes at least 2")
+        if args.sd_weight < 0 or not all(0 <= m <= 1 for m in args.teacher_momentum):
+            raise ValueError("--sd-weight must not be negative, and --teacher-momentum lie in [0, 1]")
         self.model, self.weight, self.tau_s, self.tau_range = model, args.sd_weight, args.tau_s, args.tau_t
-        self.teacher_noise = args.teacher_noise
+        self.teacher_noise, self.momenta = args.teacher_noise, args.teacher_momentum
         self.steps, self.epoch_steps = args.steps, (meta["count"] - len(meta["skipped"])) // args.batch_size
         if self.weight == 0:
             return
@@ -184,21 +197,22 @@ class Objective(nn.Module):
         """Uniform noise [N, T] -> indices of a random subset of the patches for every image: [N, V]."""
         return mask_noise.argsort(dim=1)[:, : self.keep]
 
-    def forward(self, x, y, t, eps, drop, mask_noise, teacher_t, step):
-        """x, eps [N, C, H, W], y, t, drop, teacher_t [N], mask_noise [N, T], step -> named scalars."""
-        sigma = view_noise(t)                                                     # (N,)
+    def forward(self, x, y, t, eps, drop, mask_noise, teacher_t, step, control=None):
+        """x, eps [N, C, H, W], y, t, drop, teacher_t [N], mask_noise [N, T], step, control [N, 7] -> named scalars."""
+        shift = self.model.time_shift
+        sigma = shift * view_noise(t)                                             # (N,)
         keep = self.visible(mask_noise)                                           # (N, V)
         x_s = x + sigma.view(-1, 1, 1, 1) * eps
-        output, tokens = self.model(x_s, sigma, y, drop=drop, keep=keep, encoded=True)
+        output, tokens = self.model(x_s, sigma, y, drop=drop, control=control, keep=keep, encoded=True)
         loss_edm = generative_loss(output, x, eps, sigma)
         if self.weight == 0:
             return {"loss": loss_edm, "loss_edm": loss_edm}
 
         with torch.no_grad():
             alike = self.teacher_noise == "student"
-            sigma_t = view_noise(teacher_t) if alike else torch.full_like(t, float(self.teacher_noise))
+            sigma_t = shift * (view_noise(teacher_t) if alike else torch.full_like(t, float(self.teacher_noise)))
             x_t = x + sigma_t.view(-1, 1, 1, 1) * eps
-            teacher_tokens, _, _ = self.teacher.encode(x_t, sigma_t, y, drop)     # (N, 1 + T, D)
+            teacher_tokens, _, _ = self.teacher.encode(x_t, sigma_t, y, drop, control=control)     # (N, 1 + T, D)
         with torch.autocast(x.device.type, enabled=False):  # head, softmax and loss in fp32: arXiv 2403.17004 saw NaN
             with torch.no_grad():
                 teacher = self.teacher_head(teacher_tokens)                       # (N, 1 + T, B)
@@ -211,7 +225,7 @@ class Objective(nn.Module):
             tau_t = teacher_temperature(step // self.epoch_steps, *self.tau_range)
             loss_cls, cls_monitors = self.discriminate(student[:, 0], teacher[:, 0], self.centers[0], tau_t)
             loss_patch, monitors = self.discriminate(student_patches, teacher_patches, self.centers[1], tau_t)
-            monitors["cls_entropy"] = cls_monitors["teacher_entropy"]
+            monitors |= {f"cls_{name}": cls_monitors[f"{name}_entropy"] for name in ("teacher", "batch")}
             monitors["head_std"] = student_patches.detach().std(0).mean() * student.shape[2] ** 0.5
         loss = loss_edm + self.weight * (loss_cls + loss_patch)
         return {"loss": loss, "loss_edm": loss_edm, "loss_cls": loss_cls, "loss_patch": loss_patch, **monitors}
@@ -250,10 +264,11 @@ class Objective(nn.Module):
             mean /= dist.get_world_size()
         self.centers.lerp_(torch.where(mean.isfinite(), mean, self.centers), 0.1)  # a step may have been skipped
         self.seen.zero_()
+        m = teacher_momentum(step, self.steps, *self.momenta)
         for ours, source in ((self.teacher, self.model), (self.teacher_head, self.head)):
             trained = dict(source.named_parameters())
             names, averages = zip(*ours.named_parameters(), strict=True)
-            torch._foreach_lerp_(averages, [trained[name] for name in names], 1 - teacher_momentum(step, self.steps))
+            torch._foreach_lerp_(averages, [trained[name] for name in names], 1 - m)
 # <<< sddit
 
 
@@ -276,14 +291,31 @@ def micro_batches(images, views, batch, micro, accumulation, rank, seed, start):
             yield order[i * batch + k * micro :][:micro]
 
 
+def transfer(path, config):
+    """What a model needs of the checkpoint --init to start from it at another resolution (arXiv 2411.03177).
+
+    The grid of its positions, and its time shift times the ratio of the sides. ValueError if the checkpoint has other
+    tokens than `config`, so that hardly a weight would fit.
+    """
+    theirs = sample.read_checkpoint(path)["config"]
+    for key in ("patch_size", "hidden_size", "depth", "num_heads", "in_channels"):
+        if theirs[key] != config[key]:
+            raise ValueError(f"--init {path}: its {key} is {theirs[key]}, that of the model to train {config[key]}")
+    grid, ratio = theirs["input_size"] // theirs["patch_size"], config["input_size"] / theirs["input_size"]
+    return dict(pos_base=theirs.get("pos_base") or grid, time_shift=theirs.get("time_shift", 1.0) * ratio)
+
+
 def load_init(path, model):
     """Copy the EMA weights of a checkpoint into `model` where names and shapes fit; returns a line that says which."""
-    source, _ = sample.load_model(path)
-    own, found = model.state_dict(), source.state_dict()
+    own, found = model.state_dict(), sample.read_checkpoint(path)["ema"]
     fits = {name: value for name, value in found.items() if name in own and own[name].shape == value.shape}
     model.load_state_dict(fits, strict=False)
-    skipped, new = [name for name in found if name not in fits], [name for name in own if name not in fits]
-    return f"--init {path}: {len(fits)} tensors loaded; skipped: {skipped or 'none'}; new: {new or 'none'}"
+    resized = {name for name in own.keys() & found.keys() - fits.keys() if name.endswith("pos_embed")}
+    new, unused = (names.keys() - fits.keys() - resized for names in (own, found))
+    parts = [f"{len(fits)} tensors loaded"]
+    for kind, names in (("resized", resized), ("new", new), ("unused", unused)):
+        parts.append(f"{kind}: {', '.join(sorted({name.split('.')[0] for name in names})) or 'none'}")
+    return f"--init {path}: {'; '.join(parts)}"
 
 
 def save(path, checkpoint):
@@ -298,6 +330,13 @@ def save(path, checkpoint):
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         temporary.unlink(missing_ok=True)
         sys.exit(f"cannot write {path} ({error}); free some space and run the same command again")
+
+
+def write_rows(path, rows):
+    """Replace the log by these rows, at once."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(temporary, path)
 
 
 def write_row(path, row):
@@ -376,14 +415,20 @@ def main(argv=None):
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
 
-    # Batch: the global batch is split over processes, then into micro-batches
-    micro = args.micro_batch or max(args.batch_size // world, 1)
-    accumulation = args.batch_size // (micro * world)
     out, last = Path(args.out), Path(args.out) / "last.pt"
     try:
-        if min(args.steps, args.log_every, args.save_every, args.keep_every) < 1:
-            raise ValueError("--steps, --log-every, --save-every and --keep-every must be at least 1")
-        if args.batch_size < 1 or micro < 1 or micro * world * accumulation != args.batch_size:
+        for name, least in AT_LEAST.items():
+            if getattr(args, name) is not None and not getattr(args, name) >= least:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
+        if args.ema > 1 or args.control_drop > 1:
+            raise ValueError("--ema and --control-drop must not be above 1")
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out {out}: is a file; choose a folder")
+
+        # Batch: the global batch is split over processes, then into micro-batches
+        micro = args.micro_batch or max(args.batch_size // world, 1)
+        accumulation = args.batch_size // (micro * world)
+        if micro * world * accumulation != args.batch_size:
             share = f"{world} process(es) x micro-batch {micro}"
             raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {share}")
 
@@ -393,33 +438,39 @@ def main(argv=None):
         if args.model.startswith("nano/"):  # no size of the paper: a decoder in proportion
             arch |= {"decoder_depth": 2, "decoder_width": 128, "decoder_heads": 4}
         # <<< sddit
-        features = CachedFeatures(args.data, targets=read_targets)
+        features = CachedFeatures(args.data, targets=read_targets, control=args.control != "none")
         meta = features.meta
         images = len(features.labels)
         if args.batch_size > images:
             raise ValueError(f"--batch-size {args.batch_size} is larger than the {images} images of {args.data}")
         side, channels, classes = meta["latent_side"], meta["latent_channels"], len(meta["classes"])
         config = arch | dict(input_size=side, in_channels=channels, num_classes=classes) | dit.parse_model(args.model)
-        torch.manual_seed(args.seed)
-        model = dit.build(config)
-        resume = last.exists() and not args.bench
-        if args.init and not resume:
-            message = load_init(args.init, model)
-            if rank == 0:
-                print(message)
-        objective = Objective(model, args, meta).to(device)
-        autoencoder = load_autoencoder(meta["vae"], device) if rank == 0 and args.sample_every else None
+        config |= dict(control=args.control, control_alpha=args.control_alpha, class_tokens=args.class_tokens)
 
         # Resume, or start at step 0
-        step, checkpoint = 0, None
-        if resume:
-            checkpoint = sample.read_checkpoint(last)
+        step, checkpoint = 0, sample.read_checkpoint(last) if last.exists() and not args.bench else None
+        if checkpoint:
             mine, theirs = vars(args), checkpoint["args"]
-            different = [key for key in mine if key not in MAY_CHANGE and mine[key] != theirs.get(key)]
+            different = [key for key in mine if key not in MAY_CHANGE and mine[key] != theirs.get(key, mine[key])]
             if different:
                 was, now = ({key: each.get(key) for key in different} for each in (theirs, mine))
                 raise ValueError(f"{out} holds another run: {was} there, {now} here; choose another --out")
-            step = checkpoint["step"]
+            if checkpoint["data"] != meta:
+                raise ValueError(f"{out} holds a run on another cache than {args.data}; choose another --out")
+            step, config = checkpoint["step"], checkpoint["config"]
+        elif args.init:
+            config |= transfer(args.init, config)
+        if args.time_shift is not None:
+            config["time_shift"] = args.time_shift
+        torch.manual_seed(args.seed)
+        model = dit.build(config)
+        if args.init and not checkpoint:
+            message = load_init(args.init, model)
+            if rank == 0:
+                print(f"{message}; time shift {model.time_shift:g}")
+        objective = Objective(model, args, meta).to(device)
+        control_table = torch.from_numpy(features.control_table()) if args.control != "none" else None
+        autoencoder = load_autoencoder(meta["vae"], device) if rank == 0 and args.sample_every else None
     except (ValueError, OSError) as error:
         sys.exit(f"{Path(__file__).name}: {error}")
 
@@ -438,7 +489,13 @@ def main(argv=None):
         model.compile()
     wrapped = objective
     if world > 1:
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor is too new
         wrapped = DistributedDataParallel(objective, device_ids=[device] if cuda else None, broadcast_buffers=False)
+
+    # Ctrl-C and SIGTERM end the run at the next row of the log, with a checkpoint; a second one ends it at once
+    interrupted = []
+    for number in (signal.SIGINT, signal.SIGTERM) if not args.bench else ():
+        signal.signal(number, lambda number, _: (interrupted.append(number), signal.signal(number, signal.SIG_DFL)))
 
     # Data: moments, labels and targets of this rank's micro-batches, from `step` on
     order = micro_batches(images, meta["views"], args.batch_size, micro, accumulation, rank, args.seed, step)
@@ -452,11 +509,13 @@ def main(argv=None):
         out.mkdir(parents=True, exist_ok=True)
         lines = log.read_text().splitlines() if log.exists() else []
         rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may have cut the last one
-        log.write_text("".join(json.dumps(row) + "\n" for row in rows if row.get("step", 0) <= step))
+        write_rows(log, [row for row in rows if row.get("step", 0) <= step])
         versions = dict(python=sys.version.split()[0], torch=torch.__version__, cuda=torch.version.cuda)
         name = torch.cuda.get_device_name() if cuda else "cpu"
         start = dict(argv=sys.argv, versions=versions, device=name, processes=world, git=git_hash())
         write_row(log, start | {"args": vars(args)})
+        if step >= args.steps:
+            print(f"{last} is at step {step} already; raise --steps to go on")
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0)
     peak = peak_flops(device)
     mfu_scale = 3 * forward_flops(config) / world / peak if peak else None  # backward = 2 x forward
@@ -473,6 +532,8 @@ def main(argv=None):
             "eps": torch.randn(shape, generator=g, device=device),
             "drop": torch.rand(args.batch_size, generator=g, device=device) < 0.1,
         }
+        if args.control != "none":
+            draws["control_drop"] = torch.rand(args.batch_size, generator=g, device=device) < args.control_drop
         # >>> sddit
         draws["mask_noise"] = torch.rand(args.batch_size, model.grid**2, generator=g, device=device)
         draws["teacher_t"] = torch.rand(args.batch_size, generator=g, device=device)
@@ -484,6 +545,9 @@ def main(argv=None):
             rows = slice(k * micro, (k + 1) * micro)
             x = (mean + std * noise[rows] - shift) * scale                        # (N, C, H, W)
             inputs = dict(x=x, y=batch["labels"], **{name: value[rows] for name, value in draws.items()})
+            if args.control != "none":
+                dropped = inputs.pop("control_drop").unsqueeze(1)
+                inputs["control"] = batch["control"].masked_fill(dropped, 0)      # (N, 7), zeros: no control
             if read_targets:
                 inputs["targets"] = batch["targets"]
             # >>> sddit
@@ -496,6 +560,9 @@ def main(argv=None):
         if args.sd_weight and step < objective.epoch_steps:  # DINO and iBOT keep the prototypes still for an epoch
             objective.head.prototypes.grad = None
         # <<< sddit
+        lr = args.lr * min((step + 1) / max(args.warmup, 1), 1)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         grad_norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         finite = grad_norm.isfinite()
         optimizer.found_inf = (~finite).float()  # a non-finite step skips itself on the device: no host synchronisation
@@ -523,37 +590,46 @@ def main(argv=None):
                 break
             continue
 
-        if step % args.log_every == 0 or step == args.steps:
+        stop = step == args.steps
+        if step % args.log_every == 0 or stop:
+            totals = torch.cat([totals, totals.new_tensor([len(interrupted)])])
             if world > 1:
                 dist.all_reduce(totals)
-            *sums, applied = totals.tolist()
+            *sums, applied, interruptions = totals.tolist()
+            stop = stop or interruptions > 0
             if applied == 0:
-                sys.exit(f"no finite gradient in steps {since + 1} to {step}: lower --lr, or use --precision fp32")
+                bar.close()
+                which = f"steps {since + 1} to {step}" if step > since + 1 else f"step {step}"
+                sys.exit(f"no finite gradient in {which}: lower --lr, or use --precision fp32")
             rate = (step - since) * args.batch_size / (time.perf_counter() - clock)
             row = {"step": step, **{name: s / applied for name, s in zip([*losses, "grad_norm"], sums, strict=True)}}
-            row |= {"lr": args.lr, "img_per_s": rate, "mfu": rate * mfu_scale if peak else None}
+            row |= {"lr": lr, "img_per_s": rate, "mfu": rate * mfu_scale if peak else None}
             row |= {"memory_gb": memory_gb(device), "skipped": step - since - round(applied / world)}
             bar.set_postfix(loss=f"{row['loss']:.4f}", img_s=f"{rate:.0f}")
             if rank == 0:
                 write_row(log, row)
             # >>> sddit
-            for name in ("cls_entropy", "teacher_entropy") if args.sd_weight else ():
+            for name in ("cls_teacher", "teacher_entropy") if args.sd_weight else ():
                 if row[name] > 0.98 * np.log(objective.centers.shape[1]):
                     bar.write(f"step {step}: {name} is within 2 % of ln K: uniform collapse; try a lower --tau-t")
             # <<< sddit
             totals, since, clock = 0, step, time.perf_counter()
 
         paused = time.perf_counter()
-        if rank == 0 and (step % args.save_every == 0 or step % args.keep_every == 0 or step == args.steps):
+        if rank == 0 and (step % args.save_every == 0 or step % args.keep_every == 0 or stop):
             heads = {name: value for name, value in objective.state_dict().items() if not name.startswith("model.")}
-            checkpoint = dict(step=step, args=vars(args), config=config, data=meta, opt=optimizer.state_dict())
-            checkpoint |= dict(model=model.state_dict(), ema=ema.module.state_dict(), heads=heads)
+            checkpoint = dict(step=step, args=vars(args), config=config, data=meta, control=control_table, heads=heads)
+            checkpoint |= dict(model=model.state_dict(), ema=ema.module.state_dict(), opt=optimizer.state_dict())
             save(last, checkpoint)
             if step % args.keep_every == 0:
                 save(out / f"{step:07d}.pt", checkpoint)
         if autoencoder and (step % args.sample_every == 0 or step == args.steps):
-            sample.preview(ema.module, meta, autoencoder, out / f"samples-{step:07d}.png", args.seed)
+            sample.preview(ema.module, meta, autoencoder, out / f"samples-{step:07d}.png", args.seed, control_table)
         clock += time.perf_counter() - paused  # img_per_s speaks of training alone
+        if stop and step < args.steps:
+            if rank == 0:
+                print(f"\ninterrupted at step {step}; run the same command again to go on")
+            break
 
     bar.close()
     if args.bench and rank == 0:

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -190,3 +191,171 @@ def test_bad_configurations():
     for name in ("XXL/2", "XL", "XL/0", "XL/two", "DiT-XL/2"):
         with pytest.raises(ValueError, match="SIZE/PATCH"):
             dit.parse_model(name)
+
+
+# --- conditioning and resolution (arXiv 2411.03177)
+
+SMALL = dict(input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=2, num_heads=2, num_classes=5)
+SMALL_SDDIT = SMALL | dict(decoder_depth=1, decoder_width=16, decoder_heads=2)
+CONTROL = torch.tensor([[30, 40, 0, 5, 30, 30, 0], [512, 400, 7, 9, 200, 200, 1]])
+ARCHS = [(dit.DiT, SMALL), (dit.DiverseDiT, SMALL), (dit.SDDiT, SMALL_SDDIT)]
+
+
+def randomised(arch, options, **more):
+    torch.manual_seed(0)
+    model = arch(**options, **more).eval()
+    for name, parameter in model.named_parameters():
+        if not name.endswith("pos_embed"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def test_gamma_table():
+    """The values of the power-cosine, by alpha, to four digits."""
+    u = torch.tensor([1.0, 0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.0])
+    table = {
+        1: [0, 0.0245, 0.2061, 0.5, 0.7939, 0.9045, 0.9755, 1],
+        2: [0, 0.0002, 0.0199, 0.1464, 0.4843, 0.7129, 0.9135, 1],
+        4: [0, 0, 0.0002, 0.0096, 0.1356, 0.3599, 0.7355, 1],
+        8: [0, 0, 0, 0, 0.0082, 0.0679, 0.3916, 1],
+    }
+    for alpha, expected in table.items():
+        gamma = dit.ControlEmbedder(8, "cosine", alpha).gamma(u)
+        torch.testing.assert_close(gamma, torch.tensor(expected), rtol=0, atol=6e-5)
+        assert gamma[0] == 0 and gamma[-1] == 1 and (gamma.diff() >= 0).all()
+    assert dit.ControlEmbedder(8, "constant").gamma(u).tolist() == 8 * [1]
+
+
+@pytest.mark.parametrize("arch, options", ARCHS, ids=lambda value: getattr(value, "__name__", ""))
+def test_new_control_changes_no_bit(arch, options):
+    """A model with new control embedders and another's weights is that model; only the embedders are missing."""
+    plain = randomised(arch, options)
+    model = arch(**options, control="cosine").eval()
+    missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
+    parts = [f"{part}.{i}.{what}" for part in ("low", "high") for i in (0, 2) for what in ("weight", "bias")]
+    assert missing == [f"control_embedder.{part}" for part in parts] and not unexpected
+    x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([0.2, 0.9]), torch.tensor([1, 5])
+    assert torch.equal(model(x, t, y, control=CONTROL), plain(x, t, y))
+
+
+@pytest.mark.parametrize("arch, options", ARCHS, ids=lambda value: getattr(value, "__name__", ""))
+def test_size_acts_late_and_layout_acts_always(arch, options):
+    """Six doubled numbers change the size alone: no effect at t = 1, full effect at t = 0. A flip acts at t = 1 too."""
+    model, constant = randomised(arch, options, control="cosine"), randomised(arch, options, control="constant")
+    x, y, edm = torch.randn(2, 3, 8, 8), torch.tensor([1, 4]), arch is dit.SDDiT
+    noise, data = (1e9, 1e-9) if edm else (1.0, 0.0)
+    doubled, flipped = CONTROL.clone(), CONTROL.clone()
+    doubled[:, :6] *= 2
+    flipped[:, 6] = 1 - flipped[:, 6]
+
+    def effect(network, t, other):
+        t = torch.full((2,), t)
+        return (network(x, t, y, control=CONTROL) - network(x, t, y, control=other)).abs().max().item()
+
+    with torch.no_grad():
+        assert effect(model, noise, doubled) == 0 and effect(constant, noise, doubled) > 1e-4
+        assert effect(model, noise, flipped) > 1e-4
+        assert 1e-4 < effect(model, data, doubled) == pytest.approx(effect(constant, data, doubled), rel=1e-3)
+
+
+@pytest.mark.parametrize("arch, options", ARCHS, ids=lambda value: getattr(value, "__name__", ""))
+def test_zero_row_is_no_control(arch, options):
+    model = randomised(arch, options, control="cosine")
+    x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([0.2, 0.9]), torch.tensor([1, 4])
+    half = CONTROL.clone()
+    half[0] = 0
+    without, mixed, full = (model(x, t, y, control=control) for control in (None, half, CONTROL))
+    assert mixed.isfinite().all() and torch.equal(without, model(x, t, y, control=0 * CONTROL))
+    assert torch.equal(mixed[0], without[0]) and torch.equal(mixed[1], full[1]) and not torch.equal(full[0], without[0])
+
+
+def test_control_embedder_by_hand():
+    """One row from the definition, with numpy: clamped size, fractions times 1000, sinusoids, MLP, weights."""
+    model = dit.ControlEmbedder(8, "cosine", 2.0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    h0, w0, top, left, h, w, flip = row = [9000, 400, 70, 9, 200, 300, 1]
+    frequencies = np.exp(-np.log(10000) * np.arange(128) / 128)
+
+    def mlp(layers, values):
+        x = np.concatenate([np.concatenate([np.cos(v * frequencies), np.sin(v * frequencies)]) for v in values])
+        weights = [layer.detach().numpy().astype(np.float64) for layer in layers.parameters()]
+        x = weights[0] @ x + weights[1]
+        return weights[2] @ (x / (1 + np.exp(-x))) + weights[3]
+
+    low = mlp(model.low, [4096, 400])
+    high = mlp(model.high, [1000 * 70 / 9000, 1000 * 9 / 400, 1000 * 200 / 9000, 1000 * 300 / 400, 1000])
+    expected = (1 - np.cos(np.pi * 0.4**2)) / 2 * low + high
+    found = model(torch.tensor([row]), torch.tensor([0.6]))[0].detach().numpy()
+    np.testing.assert_allclose(found, expected, atol=2e-3)                        # fp32 cosines of numbers up to 4096
+    with torch.device("meta"):
+        assert sum(p.numel() for p in dit.ControlEmbedder(1152).parameters()) == 4_723_200
+
+
+def test_positions_of_another_resolution():
+    """p_i = i g0 / g: even rows and columns of a doubled grid are the old table."""
+    low, high = dit.sincos_positions(8, 32), dit.sincos_positions(16, 32, base=8).reshape(16, 16, 32)
+    assert np.array_equal(high[::2, ::2].reshape(64, 32), low)
+    assert np.array_equal(dit.sincos_positions(8, 32, base=8), low)
+    frequencies = 10000.0 ** (-np.arange(8) / 8)
+    np.testing.assert_allclose(high[3, 5, :8], np.sin(2.5 * frequencies))
+    np.testing.assert_allclose(high[3, 5, 16:24], np.sin(1.5 * frequencies))
+    model = dit.SDDiT(**SMALL_SDDIT | dict(input_size=16), pos_base=4)
+    for table, width in ((model.pos_embed, 32), (model.decoder_pos_embed, 16)):
+        expected = torch.from_numpy(dit.sincos_positions(4, width)).float()
+        assert torch.equal(table[0].view(8, 8, width)[::2, ::2].reshape(16, width), expected)
+
+
+def test_shift_time():
+    """Check values for s = 2, SNR / s^2, and that a model weighs the size by the time before the shift."""
+    t = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
+    shifted = dit.shift_time(t, 2)
+    torch.testing.assert_close(shifted, torch.tensor([0.1818, 0.4, 0.6667, 0.8571, 0.9474]).double(), rtol=0, atol=5e-5)
+    for s in (1.5, 2.0, 4.0):
+        moved = dit.shift_time(t, s)
+        torch.testing.assert_close(((1 - moved) / moved) ** 2, ((1 - t) / t) ** 2 / s**2)
+        torch.testing.assert_close(dit.shift_time(moved, 1 / s), t)
+    assert torch.equal(dit.shift_time(t, 1.0), t)
+    for arch, options, to_input in (
+        (dit.DiT, SMALL, lambda t: t),
+        (dit.SDDiT, SMALL_SDDIT, lambda t: t / (1 - t)),                         # sigma of the same SNR
+    ):
+        seen = []
+        model = arch(**options, control="cosine", time_shift=2.0).eval()
+        model.control_embedder.register_forward_hook(lambda _, inputs, __, seen=seen: seen.append(inputs[1]))
+        y, control = torch.zeros(5, dtype=torch.int64), CONTROL[:1].repeat(5, 1)
+        model(torch.randn(5, 3, 8, 8), to_input(shifted).float(), y, control=control)
+        torch.testing.assert_close(seen[0].double(), t, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("arch, options", ARCHS, ids=lambda value: getattr(value, "__name__", ""))
+def test_class_tokens(arch, options):
+    """The class reaches attention as K tokens and not the condition; the output and the taps have the patches alone."""
+    model, plain = randomised(arch, options, class_tokens=4), arch(**options)
+    assert model.y_embedder.embedding_table.embedding_dim == 4 * plain.y_embedder.embedding_table.embedding_dim
+    others = {name for name, value in plain.state_dict().items() if model.state_dict()[name].shape != value.shape}
+    assert others == {"y_embedder.embedding_table.weight"}
+    x, t, lengths = torch.randn(2, 3, 8, 8), torch.tensor([0.2, 0.9]), []
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    a, b, null = (model(x, t, torch.tensor([label, label])) for label in (0, 3, 5))
+    assert lengths == 3 * [16 + 4 + (arch is dit.SDDiT)] and a.shape == x.shape
+    assert not torch.allclose(a, b) and not torch.allclose(a, null)
+    c, tokens = model.condition(t, t, torch.tensor([0, 3]), None, None)
+    assert torch.equal(c, model.t_embedder(t)) and tokens.shape == (2, 4, 32)
+    if arch is not dit.SDDiT:
+        _, taps = model(x, t, torch.tensor([0, 3]), after=[1, 2])
+        assert [tap.shape for tap in taps] == 2 * [(2, 16, 32)]
+        # by hand: the second block's output without the class tokens is what the final layer sees
+        v = model.unpatchify(model.final_layer(taps[1], c))
+        torch.testing.assert_close(v, model(x, t, torch.tensor([0, 3])))
+
+
+def test_bad_conditioning():
+    for options, message in (
+        (dict(control="linear"), "expected none, constant or cosine"),
+        (dict(control="cosine", control_alpha=0.0), "must be positive"),
+        (dict(class_tokens=-1), "must not be negative"),
+        (dict(time_shift=0.0), "be positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dit.DiT(**SMALL, **options)

@@ -107,10 +107,11 @@ class Recorder(torch.nn.Module):
         super().__init__()
         self.offset, self.rows, self.times = offset, 0, []
 
-    def forward(self, x, t, y):
+    def forward(self, x, t, y, control=None):
         self.rows += len(x)
         self.times.append(t[0].item())
-        return (y + t + self.offset).view(-1, 1, 1, 1).expand_as(x)
+        bonus = 0 if control is None else 10 * control[:, 0]
+        return (y + t + self.offset + bonus).view(-1, 1, 1, 1).expand_as(x)
 
 
 def test_guidance_interval_counts():
@@ -136,6 +137,74 @@ def test_guidance_formula():
     assert value(0.5, scale=3.0, interval=(0.25, 0.5)) == value(0.5, scale=3.0), "the interval is inclusive"
     assert value(0.75, scale=3.0, interval=(0.25, 0.5)) == [0.75, 2.75]
     assert value(0.5, scale=2.0, guide=guide) == [0.0 + 2 * 0.5, 2.0 + 2 * 0.5]
+
+
+def test_guidance_with_control():
+    """Same control on both branches by default; with two scales, the identities of three passes."""
+    torch.manual_seed(0)
+    model = dit.DiT(4, 2, 3, 16, 2, 2, num_classes=3, control="cosine").eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x, t, y = torch.randn(2, 3, 4, 4), torch.full((2,), 0.4), torch.tensor([0, 2])
+    control, none = torch.tensor([[20, 30, 0, 5, 20, 20, 0], [64, 64, 9, 9, 32, 32, 1]]), torch.zeros(2, 7)
+    null = torch.full_like(y, 3)
+
+    def v(**options):
+        return sample.guided(model, y, control=control, **options)(x, 0.4)
+
+    def close(a, b):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+    with torch.no_grad():
+        v_c, v_0 = model(x, t, y, control=control), model(x, t, null, control=control)
+        v_y, v_00 = model(x, t, y, control=none), model(x, t, null)
+        assert (v_c - v_y).abs().max() > 1e-3 < (v_0 - v_00).abs().max(), "the control matters"
+        close(v(), v_c)
+        close(v(scale=3.0), v_0 + 3 * (v_c - v_0))
+        close(v(scale=1.0, control_scale=1.0), v_c)
+        close(v(scale=1.0, control_scale=0.0), v_y)
+        close(v(scale=3.0, control_scale=1.0), v_00 + 3 * (v_c - v_00))
+        close(v(scale=3.0, control_scale=0.5), v_00 + 3 * (0.5 * v_c + 0.5 * v_y - v_00))
+        close(v(scale=3.0, control_scale=0.5, interval=(0.5, 1)), v_c)
+
+
+def test_choose_control():
+    table = torch.arange(3 * 5 * 7).reshape(3, 5, 7)
+    y = torch.tensor([2, 0, 2, 1])
+
+    def rows(kind, indices=(4, 9, 1, 7), seed=0):
+        return sample.choose_control(kind, table, y, indices, seed)
+
+    drawn = rows("empirical")
+    assert all((drawn[i] == table[label]).all(1).any() for i, label in enumerate(y.tolist())), "rows of the own class"
+    assert torch.equal(sample.choose_control("empirical", table, y[1:2], [9], 0), drawn[1:2])
+    assert not torch.equal(rows("empirical", seed=1), drawn)
+    assert rows("fixed").tolist() == 4 * [[512, 512, 0, 0, 512, 512, 0]]
+    assert rows([8, 9, 0, 1, 8, 8, 1]).tolist() == 4 * [[8, 9, 0, 1, 8, 8, 1]]
+    assert rows("none") is None and sample.choose_control("empirical", None, y, range(4), 0) is None
+
+
+def test_time_shift_reaches_every_sampler():
+    """The same times with each t moved to 2t / (1 + t), and noise levels doubled."""
+    seen = []
+
+    def spy(self, x, t, y, **options):
+        seen.append(t[0].item())
+        return torch.zeros_like(x)
+
+    options = dict(input_size=4, patch_size=2, in_channels=3, hidden_size=16, depth=2, num_heads=2, time_shift=2.0)
+    for sampler, plain in (("ode", [1, 0.75, 0.5, 0.25]), ("sde", [1, 0.68, 0.36, 0.04])):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dit.DiT, "forward", spy)
+            seen.clear()
+            sample.generate(dit.DiT(**options), [0], torch.tensor([0]), sampler, 4)
+        assert seen == pytest.approx([2 * t / (1 + t) for t in plain])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dit.SDDiT, "forward", spy)
+        seen.clear()
+        small = dict(decoder_depth=1, decoder_width=16, decoder_heads=2)
+        sample.generate(dit.SDDiT(**options, **small), [0], torch.tensor([0]), None, 5)
+    assert (seen[0], seen[-1]) == pytest.approx((160, 0.004))
 
 
 # --- images
@@ -247,6 +316,15 @@ def test_bad_input(checkpoint, tmp_path, capsys):
     assert "exists" in complain(checkpoint, out="there.npz")
     assert (tmp_path / "there.npz").read_text() == "precious"
     assert "--grid x.pgn: must end in .png" in complain(checkpoint, "--grid", "x.pgn")
+    assert "no such folder" in complain(checkpoint, "--grid", tmp_path / "nodir" / "x.png")
+    assert "--cfg 0.5: must be at least 1" in complain(checkpoint, "--cfg", "0.5")
+    assert "the lower one first" in complain(checkpoint, "--cfg", "2", "--interval", "0.7", "0")
+    assert "--interval has no effect without --cfg" in complain(checkpoint, "--interval", "0", "0.7")
+    assert "--guide has no effect without --cfg" in complain(checkpoint, "--guide", checkpoint)
+    assert "trained without --control" in complain(checkpoint, "--control", "fixed")
+    assert "trained without --control" in complain(checkpoint, "--control-cfg", "1")
+    for box in ("big", "8,8,0,0,8", "8,8,0,4,8,8,0", "8,8,0,0,8,8,2"):
+        assert "expected empirical, fixed, none, or a box" in complain(checkpoint, "--control", box)
     with pytest.raises(SystemExit):
         sample.main([str(checkpoint)])
     assert "nothing to write" in capsys.readouterr().err

@@ -2,17 +2,24 @@
 
 import json
 import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT, run
 from PIL import Image
 
 import dit
 import sample
+import train_diversedit
 import train_repa
+import train_sddit
 from extract_features import CachedFeatures
 
 SMALL = "--model nano/2 --steps 6 --batch-size 16 --lr 1e-3 --ema 0.9 --log-every 1 --save-every 3 --workers 0"
@@ -234,7 +241,7 @@ def test_init_loads_what_fits(cache, tmp_path, capsys):
     args = ["--init", source, "--steps", 1, "--lr", 0, "--sample-every", 0]
     second = train(cache, tmp_path / "second", *args)
     message = capsys.readouterr().out
-    assert "skipped: ['y_embedder.embedding_table.weight']; new: ['y_embedder.embedding_table.weight']" in message
+    assert "resized: none; new: y_embedder; unused: y_embedder; time shift 1" in message
     assert torch.equal(second["model"]["blocks.0.mlp.fc1.weight"], first["ema"]["blocks.0.mlp.fc1.weight"])
     assert second["model"]["y_embedder.embedding_table.weight"].shape == (4, 32) and second["step"] == 1
 
@@ -283,13 +290,31 @@ def test_bad_input(cache, tmp_path):
     assert "train with patch 2, or extract with --patch 4" in complain("--model", "nano/4")
     assert "--repa-depth 3: the model has blocks 1 to 2" in complain("--repa-depth", 3)
     assert "no such checkpoint" in complain("--init", tmp_path / "nothing.pt")
+    for name, value in (("lr", -1), ("ema", -0.1), ("workers", -1), ("seed", -1), ("warmup", -1), ("control-drop", -1)):
+        assert f"--{name} {value}" in complain(f"--{name}", value)
+    for name in ("steps", "micro-batch", "bench", "batch-size"):
+        assert f"--{name} 0: must be at least 1" in complain(f"--{name}", 0)
+    assert "must not be above 1" in complain("--ema", 1.5)
+    assert "--repa-weight -0.5: must not be negative" in complain("--repa-weight", -0.5)
+    assert "--repa-depth 0: the model has blocks 1 to 2" in complain("--repa-depth", 0)
+    (tmp_path / "file").write_text("precious")
+    assert "is a file" in complain(out="file")
+    assert "control alpha 0.0: must be positive" in complain("--control", "cosine", "--control-alpha", 0)
+    shutil.copytree(cache, tmp_path / "bare")
+    meta = json.loads((cache / "meta.json").read_text())
+    del meta["arrays"]["control"]
+    (tmp_path / "bare" / "meta.json").write_text(json.dumps(meta))
+    assert "the cache has no control; extract it again" in complain("--control", "cosine", data=tmp_path / "bare")
     assert not (tmp_path / "run").exists()
 
     train(cache, tmp_path / "run", "--steps", 1, "--sample-every", 0)
     before = (tmp_path / "run" / "last.pt").read_bytes()
     assert "holds another run: {'lr': 0.001} there, {'lr': 0.01} here" in complain("--lr", 0.01)
-    shutil.copytree(cache, tmp_path / "other")
-    assert "'data'" in complain(data=tmp_path / "other")
+    shutil.copytree(cache, tmp_path / "copy")
+    train(tmp_path / "copy", tmp_path / "run", "--steps", 1, "--sample-every", 0)  # the same cache elsewhere
+    meta = json.loads((cache / "meta.json").read_text()) | {"source": "other.npz"}
+    (tmp_path / "copy" / "meta.json").write_text(json.dumps(meta))
+    assert "holds a run on another cache" in complain(data=tmp_path / "copy")
     (tmp_path / "run" / "last.pt").write_bytes(before[:1000])
     assert "not a readable checkpoint" in complain()
     assert (tmp_path / "run" / "last.pt").read_bytes() == before[:1000]
@@ -302,6 +327,137 @@ def test_a_sample_of_the_checkpoint_is_the_preview_of_the_ema(cache, tmp_path):
     sample.main([str(tmp_path / "run" / "last.pt"), *options])
     ours, preview = (np.asarray(Image.open(tmp_path / p)) for p in ("grid.png", "run/samples-0000006.png"))
     assert np.abs(ours.astype(int) - preview).max() <= 1
+
+
+# --- conditioning and transfer (arXiv 2411.03177)
+
+
+@pytest.mark.parametrize("script", [train_repa, train_diversedit, train_sddit], ids=lambda script: script.__name__)
+def test_control_is_trained(cache, tmp_path, script, monkeypatch):
+    """The rows of the cache reach the model with zeros for the dropped images; sampling draws from the kept table."""
+    seen, condition = [], dit.DiT.condition
+
+    def spy(self, time, u, y, drop, control):
+        seen.append(control)
+        return condition(self, time, u, y, drop, control)
+
+    options = ["--control", "cosine", "--control-drop", 0.25, "--class-tokens", 3, "--steps", 4]
+    with monkeypatch.context() as patch:
+        patch.setattr(dit.DiT, "condition", spy)
+        checkpoint = train(cache, tmp_path / "run", *options, "--sample-every", 0, script=script)
+    rows = {tuple(row) for row in CachedFeatures(cache).arrays["control"].tolist()}
+    assert rows == {(8, 12, 0, 2, 8, 8, 0), (8, 12, 0, 2, 8, 8, 1)}
+    batches = [control.tolist() for control in seen if control is not None and len(control) == 16]
+    assert len(batches) == (8 if script is train_sddit else 4), "the teacher sees the same control"
+    assert {tuple(row) for batch in batches for row in batch} == rows | {7 * (0,)}
+    before = train(cache, tmp_path / "start", *options, "--sample-every", 0, "--lr", 0, script=script)
+    for name, value in checkpoint["model"].items():
+        if name.startswith("control_embedder.low.2") or name.startswith("control_embedder.high.2"):
+            assert (value != before["model"][name]).any() and not before["model"][name].any(), name
+    assert checkpoint["control"].tolist() == 3 * [50 * [[8, 12, 0, 2, 8, 8, 0]]], "centred and not mirrored"
+    grid = ["--grid", str(tmp_path / "grid.png"), "--num", "3", "--steps", "2"]
+    for more in ([], ["--control", "fixed"], ["--control", "8,12,0,2,8,8,1"], ["--cfg", "2", "--control-cfg", "0.5"]):
+        sample.main([str(tmp_path / "run" / "last.pt"), *grid, *more])
+
+
+def test_control_off_is_the_run_without_it(cache, tmp_path, monkeypatch):
+    """With every row dropped, a control model trains as one without: same draws, and its embedder never acts."""
+    monkeypatch.setattr(dit.ControlEmbedder, "__init__", lambda self, *args: torch.nn.Module.__init__(self))
+    monkeypatch.setattr(dit.ControlEmbedder, "initialize_weights", lambda self: None)
+    monkeypatch.setattr(dit.ControlEmbedder, "forward", lambda self, control, u: 0 * control.sum(1, keepdim=True))
+    plain = train(cache, tmp_path / "plain", "--sample-every", 0)
+    off = train(cache, tmp_path / "off", "--sample-every", 0, "--control", "cosine")
+    assert difference(plain, off) == 0
+
+
+def test_warm_up(cache, tmp_path):
+    train(cache, tmp_path / "run", "--warmup", 4, "--sample-every", 0)
+    assert [row["lr"] for row in rows(tmp_path / "run")] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
+
+
+@pytest.mark.parametrize("script", [train_repa, train_sddit], ids=lambda script: script.__name__)
+def test_transfer_to_a_higher_resolution(small_npz, cache, tmp_path, capsys, script):
+    """Weights and averages of 8 px start a 16 px run: positions between the old ones, times of the same noise."""
+    import extract_features
+
+    options = "--image-size 16 --patch 2 --vae none --encoder hog --batch-size 16 --workers 0"
+    extract_features.main(["--data", str(small_npz), "--out", str(tmp_path / "high"), *options.split()])
+    low = train(cache, tmp_path / "low", "--sample-every", 0, script=script)
+    init = ["--init", tmp_path / "low" / "last.pt", "--sample-every", 0, "--steps", 1]
+    capsys.readouterr()
+    high = train(tmp_path / "high", tmp_path / "run", *init, "--lr", 0, script=script)
+    tables = [name for name in low["ema"] if name.endswith("pos_embed")]
+    message = capsys.readouterr().out
+    assert f"{len(low['ema']) - len(tables)} tensors loaded; resized: {', '.join(sorted(tables))}; new: none" in message
+    assert "unused: none; time shift 2" in message
+    assert high["config"]["pos_base"] == 4 and high["config"]["time_shift"] == 2
+    for name, value in low["ema"].items():
+        if name in tables:
+            width = value.shape[-1]
+            assert torch.equal(high["model"][name].view(8, 8, width)[::2, ::2], value.view(4, 4, width))
+        else:
+            assert torch.equal(high["model"][name], value) and torch.equal(high["ema"][name], value), name
+    (tmp_path / "low" / "last.pt").unlink()  # not needed to resume
+    resumed = train(tmp_path / "high", tmp_path / "run", *init, "--lr", 0, "--steps", 2, script=script)
+    assert resumed["config"] == high["config"]
+
+    # a second doubling counts from the first grid; --time-shift has the last word
+    options = "--image-size 32 --patch 2 --vae none --encoder hog --batch-size 16 --workers 0 --limit 16"
+    extract_features.main(["--data", str(small_npz), "--out", str(tmp_path / "higher"), *options.split()])
+    init[1] = tmp_path / "run" / "last.pt"
+    third = train(tmp_path / "higher", tmp_path / "third", *init, "--batch-size", 8, script=script)
+    assert (third["config"]["pos_base"], third["config"]["time_shift"]) == (4, 4)
+    own = train(tmp_path / "high", tmp_path / "own", *init, "--time-shift", 1.5, script=script)
+    assert (own["config"]["pos_base"], own["config"]["time_shift"]) == (4, 1.5)
+
+
+def test_transfer_needs_the_same_tokens(cache, tmp_path, monkeypatch):
+    train(cache, tmp_path / "low", "--sample-every", 0, "--steps", 1, "--repa-weight", 0, "--model", "nano/4")
+    init = ["--init", tmp_path / "low" / "last.pt", "--sample-every", 0]
+    with pytest.raises(SystemExit, match="its patch_size is 4, that of the model to train 2"):
+        train(cache, tmp_path / "run", *init)
+    monkeypatch.setitem(dit.SIZES, "nano", (2, 64, 2))
+    with pytest.raises(SystemExit, match="its hidden_size is 32, that of the model to train 64"):
+        train(cache, tmp_path / "run", *init, "--repa-weight", 0, "--model", "nano/4")
+    assert not (tmp_path / "run").exists()
+
+
+def test_flow_times_are_shifted(cache):
+    """With --time-shift 2, the loss at uniform t is the plain loss at 2 t / (1 + t)."""
+    plain, shifted = objective_for(cache, "--repa-weight", 0), objective_for(cache, "--repa-weight", 0)
+    shifted.model.time_shift = 2.0
+    x, eps, t = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.tensor([0.0, 0.3, 0.9, 1.0])
+    torch.nn.init.normal_(plain.model.final_layer.linear.weight)
+    shifted.model.load_state_dict(plain.model.state_dict())
+    rest = dict(x=x, eps=eps, y=torch.zeros(4, dtype=torch.int64), drop=torch.zeros(4, dtype=torch.bool))
+    expected = plain(t=2 * t / (1 + t), **rest)["loss"]
+    assert shifted(t=t, **rest)["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert plain(t=t, **rest)["loss"].item() != pytest.approx(expected.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_interrupt_saves(cache, tmp_path, processes):
+    """SIGTERM or Ctrl-C: the run ends with a checkpoint at the next row of the log, and the same command goes on."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    options = "--model nano/2 --steps 100000 --batch-size 16 --log-every 2 --sample-every 0 --workers 0".split()
+    command += ["train_repa.py", "--data", str(cache), "--out", str(tmp_path / "run"), *options]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    log = tmp_path / "run" / "log.jsonl"
+    while process.poll() is None and not (log.exists() and '"step"' in log.read_text()):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM if processes == 1 else signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    step = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"]
+    assert step == rows(tmp_path / "run")[-1]["step"] >= 2 and f"interrupted at step {step}" in out
+
+
+def test_a_finished_run_says_so(cache, tmp_path, capsys):
+    for _ in range(2):
+        train(cache, tmp_path / "run", "--sample-every", 0)
+    assert "is at step 6 already; raise --steps" in capsys.readouterr().out
 
 
 GMACS = [
