@@ -664,7 +664,7 @@ def describe(args, images, autoencoder, encoder):
         arrays["targets"] = dict(shape=[count, views, grid**2, sum(encoder.widths)], dtype=args.target_dtype)
     return dict(
         format_version=FORMAT_VERSION,
-        source=args.data,
+        source=str(Path(args.data)),
         count=count,
         limit=args.limit,
         classes=images.classes,

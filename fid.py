@@ -414,7 +414,7 @@ def parse_args(argv=None):
     inputs, output = ([args.stats], args.out) if args.stats else ([args.reference, args.samples], args.json)
     incomplete = None in inputs or (args.stats and (Path(args.out or "").suffix != ".npz" or args.features == "pixels"))
     if incomplete or min(args.batch_size, args.image_size or 1) < 1:
-        fail("give REF SAMPLES, or --stats IMAGES --out REF.npz, and sizes above 0. See --help.")
+        fail("give REF SAMPLES, or --stats IMAGES --out REF.npz (not of pixels), and sizes above 0. See --help.")
     if output and (
         output.is_dir() or not output.absolute().parent.is_dir() or output.resolve() in map(Path.resolve, inputs)
     ):

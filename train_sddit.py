@@ -19,7 +19,7 @@ Commands
     torchrun --nproc_per_node=8 train_sddit.py --steps 2400000 --precision fp32     the paper's longest table row
     python train_sddit.py --micro-batch 32                              one GPU
     python train_sddit.py --data features/digits --model nano/2 --steps 1000 --batch-size 64 --lr 2e-3 --ema 0.99 \\
-        --teacher-momentum 0.9 0.99 --tau-t 0.06 0.06 --out runs/sddit  minutes on a laptop
+        --teacher-momentum 0.9 0.99 --tau-t 0.06 0.06 --out runs/sddit     minutes on a laptop
     Ablations (table 3 and figures): --sd-weight 0; --mask-ratio 0.5; --teacher-noise 0.3 or student; --no-cls-condition
 
 To resume, run the same command again. The lines of the method stand between `# >>> sddit` and `# <<< sddit`; everything
@@ -225,7 +225,8 @@ class Objective(nn.Module):
             tau_t = teacher_temperature(step // self.epoch_steps, *self.tau_range)
             loss_cls, cls_monitors = self.discriminate(student[:, 0], teacher[:, 0], self.centers[0], tau_t)
             loss_patch, monitors = self.discriminate(student_patches, teacher_patches, self.centers[1], tau_t)
-            monitors |= {f"cls_{name}": cls_monitors[f"{name}_entropy"] for name in ("teacher", "batch")}
+            monitors["cls_entropy"] = cls_monitors["teacher_entropy"]
+            monitors["cls_batch_entropy"] = cls_monitors["batch_entropy"]         # no more than that: one CLS for all
             monitors["head_std"] = student_patches.detach().std(0).mean() * student.shape[2] ** 0.5
         loss = loss_edm + self.weight * (loss_cls + loss_patch)
         return {"loss": loss, "loss_edm": loss_edm, "loss_cls": loss_cls, "loss_patch": loss_patch, **monitors}
@@ -609,7 +610,7 @@ def main(argv=None):
             if rank == 0:
                 write_row(log, row)
             # >>> sddit
-            for name in ("cls_teacher", "teacher_entropy") if args.sd_weight else ():
+            for name in ("cls_entropy", "teacher_entropy") if args.sd_weight else ():
                 if row[name] > 0.98 * np.log(objective.centers.shape[1]):
                     bar.write(f"step {step}: {name} is within 2 % of ln K: uniform collapse; try a lower --tau-t")
             # <<< sddit

@@ -168,6 +168,68 @@ def test_cache_contents(cache, small_npz):
     assert batch["moments"].dtype == batch["targets"].dtype == np.float16
 
 
+def test_crops(tmp_path):
+    """K random squares: inside the image, as large as promised, spread; pixels and targets are those of the box."""
+    rng = np.random.default_rng(1)
+    source = tmp_path / "source.npz"
+    np.savez(source, arr_0=rng.integers(0, 256, (40, 24, 20, 3), dtype=np.uint8), arr_1=np.zeros(40, np.int64))
+
+    def cache(out, *options):
+        extract(source, tmp_path / out, "--crops", "5", *options)
+        return ef.CachedFeatures(tmp_path / out)
+
+    flipped, plain, other = cache("a", "--flip"), cache("b"), cache("c", "--seed", "1")
+    assert [features.meta["views"] for features in (flipped, plain, other)] == [7, 6, 6]
+    images = ef.Images(source)
+    batch = flipped.__getitems__(range(280))
+    for index, (h0, w0, top, left, h, w, flip) in enumerate(batch["control"].tolist()):
+        view = index % 7
+        assert (h0, w0) == (24, 20) and h == w and 0 <= top <= 24 - h and 0 <= left <= 20 - w
+        if view < 2:
+            assert (top, left, h, flip) == (2, 0, 20, view)
+        assert 12 <= h <= 20  # round(20 sqrt(0.4)) = 13, less half a pixel
+        if view < 2:  # the centre crop is ADM's, cut after scaling
+            continue
+        pixels = images[index // 7].crop((left, top, left + w, top + h))
+        if h >= 16:
+            pixels = pixels.resize((h // 2, h // 2), Image.Resampling.BOX)
+        pixels = pixels.resize((8, 8), Image.Resampling.BICUBIC)
+        pixels = np.asarray(pixels).transpose(2, 0, 1)
+        pixels = (pixels[:, :, ::-1] if flip else pixels).copy()
+        np.testing.assert_allclose(batch["moments"][index, :3], pixels / 127.5 - 1, atol=2**-11)
+        expected = ef.HOG(4)(torch.from_numpy(pixels)[None])[0]
+        np.testing.assert_allclose(batch["targets"][index], expected, atol=1e-3)
+    random = batch["control"].reshape(40, 7, 7)[:, 2:].reshape(200, 7)
+    areas = random[:, 4] ** 2 / 400
+    assert 0.38 < areas.min() < 0.45 and 0.95 < areas.max() <= 1 and abs(areas.mean() - 0.7) < 0.04
+    assert 0.35 < random[:, 6].mean() < 0.65 and len(np.unique(random[:, 2])) > 8
+    assert not plain.arrays["control"][:, 6].any(), "without --flip nothing is mirrored"
+    assert (plain.arrays["control"] != other.arrays["control"]).any()
+    assert ef.check_cache(tmp_path / "a").endswith("sound, 280 views of 40 images")
+
+
+def test_random_boxes_stay_inside():
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        width, height = rng.integers(1, 50, 2).tolist()
+        h0, w0, top, left, h, w = ef.random_box(Image.new("L", (width, height)), rng)
+        assert (h0, w0) == (height, width) and h == w >= 1
+        assert 0 <= top and 0 <= left and top + h <= h0 and left + w <= w0
+
+
+def test_control_table(cache):
+    """Rows of the class's own centred views; zeros for a class without images."""
+    features = ef.CachedFeatures(cache)
+    rows = np.array(features.arrays["control"])
+    rows[::2, 0] = np.arange(96)
+    features.arrays["control"], features.meta = rows, features.meta | {"classes": ["0", "1", "2", "empty"]}
+    table = features.control_table(per_class=40)
+    assert table.shape == (4, 40, 7) and table.dtype == np.int32 and not table[3].any()
+    for label in range(3):
+        assert (table[label, :, 0] % 3 == label).all() and (table[label, :, 6] == 0).all()
+        assert len(np.unique(table[label, :, 0])) == 32
+
+
 def test_a_pickled_reader_opens_the_files_itself(cache):
     features = ef.CachedFeatures(cache)
     content = pickle.dumps(features)

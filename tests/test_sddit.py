@@ -257,6 +257,7 @@ def test_schedules():
     temperatures = [train_sddit.teacher_temperature(step // 5004) for step in range(0, 30_024, 5004)]
     assert temperatures == pytest.approx([0.09, 0.09225, 0.0945, 0.09675, 0.099, 0.099])
     assert [train_sddit.teacher_momentum(k, 1000) for k in (0, 500, 1000)] == pytest.approx([0.996, 0.9975, 0.999])
+    assert [train_sddit.teacher_momentum(k, 8, 0.9, 0.98) for k in (0, 4, 8)] == pytest.approx([0.9, 0.94, 0.98])
 
 
 def test_teacher_and_centre_updates(cache, monkeypatch):
@@ -279,7 +280,7 @@ def test_teacher_and_centre_updates(cache, monkeypatch):
     for name, parameter in objective.teacher.named_parameters():
         expected = 0.996 * (0.996 * before[name] + 0.004 * student[name]) + 0.004 * student[name]
         torch.testing.assert_close(parameter, expected, rtol=0, atol=1e-6)
-    monkeypatch.setattr(train_sddit, "teacher_momentum", lambda step, steps: 0.0)
+    objective.momenta = [0.0, 0.5]
     objective.after_step(0, 1)
     assert all(torch.equal(p, student[name]) for name, p in objective.teacher.named_parameters())
 
@@ -361,8 +362,8 @@ def test_resume_is_exact_with_teacher_and_centres(cache, tmp_path, monkeypatch):
     assert {"centers", "head.prototypes", "teacher.cls_token", "teacher_head.prototypes"} <= whole["heads"].keys()
     assert not any("decoder" in name for name in whole["heads"])
     rows = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()[1:]]
-    monitors = {"teacher_entropy", "cls_entropy", "batch_entropy", "kl", "prototypes_used", "head_std"}
-    assert len(rows) == 6 and monitors <= rows[0].keys()
+    monitors = {"teacher_entropy", "cls_entropy", "cls_batch_entropy", "batch_entropy", "kl", "head_std"}
+    assert len(rows) == 6 and monitors | {"prototypes_used"} <= rows[0].keys()
 
 
 def test_ranks_and_accumulation(cache, tmp_path):

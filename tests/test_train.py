@@ -360,6 +360,34 @@ def test_control_is_trained(cache, tmp_path, script, monkeypatch):
         sample.main([str(tmp_path / "run" / "last.pt"), *grid, *more])
 
 
+def test_flips_are_learned(tmp_path, monkeypatch):
+    """Trained on an asymmetric glyph and its mirror image, samples have the orientation asked for; else about half."""
+    import extract_features
+
+    glyph = np.zeros((8, 8))
+    glyph[1:7, 1:3], glyph[5:7, 1:7] = 1, 1                                       # an L
+    levels = np.random.default_rng(0).uniform(150, 255, (32, 1, 1))
+    images = np.repeat((glyph * levels)[..., None], 3, axis=3).astype(np.uint8)
+    np.savez(tmp_path / "glyphs.npz", arr_0=images, arr_1=np.zeros(32, np.int64))
+    options = "--image-size 8 --patch 2 --vae none --encoder none --flip --workers 0"
+    extract_features.main(["--data", str(tmp_path / "glyphs.npz"), "--out", str(tmp_path / "cache"), *options.split()])
+
+    def mirrored(name, *control):
+        grid = ["--num", "40", "--steps", "20", "--out", str(tmp_path / f"{name}.npz"), *control]
+        sample.main([str(tmp_path / name[:-1] / "last.pt"), *grid])
+        with np.load(tmp_path / f"{name}.npz") as file:
+            samples = file["arr_0"].astype(float).mean(3) - 128
+        weights = glyph - glyph[:, ::-1]
+        return np.mean([(sample * weights).sum() < 0 for sample in samples])
+
+    training = ["--repa-weight", 0, "--steps", 300, "--batch-size", 32, "--lr", 5e-3, "--sample-every", 0]
+    train(tmp_path / "cache", tmp_path / "with", *training, "--control", "cosine")
+    train(tmp_path / "cache", tmp_path / "without", *training)
+    assert mirrored("with0", "--control", "8,8,0,0,8,8,0") <= 0.1
+    assert mirrored("with1", "--control", "8,8,0,0,8,8,1") >= 0.9
+    assert 0.2 < mirrored("without0") < 0.8
+
+
 def test_control_off_is_the_run_without_it(cache, tmp_path, monkeypatch):
     """With every row dropped, a control model trains as one without: same draws, and its embedder never acts."""
     monkeypatch.setattr(dit.ControlEmbedder, "__init__", lambda self, *args: torch.nn.Module.__init__(self))
