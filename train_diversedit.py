@@ -21,6 +21,9 @@ Commands
         --ema 0.99 --out runs/diverse                                   minutes on a laptop
     Ablations (tables 6 to 8): --no-long-residuals; --div-terms and one name or none; --div-gate 0.2 0.7; --div-blocks 5
 
+Every script also has control conditioning (--control, --class-tokens) and starts from a lower resolution (--init,
+--time-shift, --warmup): arXiv 2411.03177, see README.md.
+
 To resume, run the same command again. The lines of the method stand between `# >>> diversedit` and `# <<< diversedit`;
 everything outside is the same text in every train_*.py, by design: to add a method, copy a script and fill the fences.
 

@@ -15,6 +15,9 @@ Commands
     python train_repa.py --data features/digits --model nano/2 --steps 1000 --batch-size 64 --lr 2e-3 --ema 0.99 \\
         --out runs/digits                                               three minutes on a laptop
 
+Every script also has control conditioning (--control, --class-tokens) and starts from a lower resolution (--init,
+--time-shift, --warmup): arXiv 2411.03177, see README.md.
+
 To resume, run the same command again. The lines of the method stand between `# >>> repa` and `# <<< repa`; everything
 outside is the same text in every train_*.py, by design: to add a method, copy this file and fill the fences.
 

@@ -22,6 +22,9 @@ Commands
         --teacher-momentum 0.9 0.99 --tau-t 0.06 0.06 --out runs/sddit     minutes on a laptop
     Ablations (table 3 and figures): --sd-weight 0; --mask-ratio 0.5; --teacher-noise 0.3 or student; --no-cls-condition
 
+Every script also has control conditioning (--control, --class-tokens) and starts from a lower resolution (--init,
+--time-shift, --warmup): arXiv 2411.03177, see README.md.
+
 To resume, run the same command again. The lines of the method stand between `# >>> sddit` and `# <<< sddit`; everything
 outside is the same text in every train_*.py, by design: to add a method, copy a script and fill the fences.
 
