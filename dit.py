@@ -104,7 +104,7 @@ class ControlEmbedder(nn.Module):
         super().__init__()
         if mode not in ("constant", "cosine"):
             raise ValueError(f"control {mode!r}: expected none, constant or cosine")
-        if alpha <= 0:
+        if not 0 < alpha < math.inf:
             raise ValueError(f"control alpha {alpha}: must be positive")
         self.mode, self.alpha, self.sinusoids = mode, alpha, Sinusoids(frequencies)
         widths = 2 * (2 * frequencies), 5 * (2 * frequencies)
@@ -236,8 +236,10 @@ class DiT(nn.Module):
             raise ValueError(f"latents of side {input_size} do not divide into patches of {patch_size}")
         if hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads} and of 4")
-        if class_tokens < 0 or time_shift <= 0:
-            raise ValueError(f"class tokens {class_tokens} must not be negative, time shift {time_shift} be positive")
+        if class_tokens < 0:
+            raise ValueError(f"class tokens {class_tokens}: must not be negative")
+        if not 0 < time_shift < math.inf:
+            raise ValueError(f"time shift {time_shift}: must be positive")
         self.patch_size, self.in_channels, self.num_classes = patch_size, in_channels, num_classes
         self.grid = input_size // patch_size
         self.class_tokens, self.pos_base, self.time_shift = class_tokens, pos_base, time_shift

@@ -567,6 +567,7 @@ def start_cache(out, meta, labels):
     meta_file, arrays = out / "meta.json", meta["arrays"]
     if meta_file.exists():
         found = json.loads(meta_file.read_text()) | {"complete": False, "skipped": []}
+        found = {"flip": found.get("views") == 2, "crops": 0, "seed": 0} | found  # caches from before --crops
         different = [key for key in meta if found.get(key) != meta[key]]
         if different:
             key = different[0]

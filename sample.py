@@ -342,14 +342,15 @@ def parse_args(argv=None):
         folder = Path(getattr(args, name) or ".").parent
         if name == "grid" and not folder.is_dir():
             parser.error(f"--grid {args.grid}: no such folder {folder}")
-    if args.cfg < 1:
+    if not 1 <= args.cfg < math.inf:
         parser.error(f"--cfg {args.cfg}: must be at least 1")
     if args.interval and not 0 <= args.interval[0] < args.interval[1]:
         parser.error("--interval {} {}: expected two noise levels, the lower one first".format(*args.interval))
     guiding = args.cfg > 1 or args.control_cfg is not None
     if not guiding and (args.guide or args.interval):
         parser.error(f"--{'guide' if args.guide else 'interval'} has no effect without --cfg above 1")
-    if args.control_cfg is not None and (args.guide or args.control == "none" or args.control_cfg < 0):
+    good = args.control_cfg is None or (0 <= args.control_cfg < math.inf and not args.guide and args.control != "none")
+    if not good:
         parser.error(f"--control-cfg {args.control_cfg}: needs a scale >= 0, a --control, and the null class as guide")
     if args.labels not in ("random", "balanced"):
         try:
@@ -414,6 +415,8 @@ def main(argv=None):
             if args.control not in ("none", "empirical") or args.control_cfg is not None:
                 raise ValueError(f"--control {args.control}: the model was trained without --control")
             args.control = "none"
+        if args.control_cfg is not None and checkpoint["args"].get("control_drop") == 0:
+            raise ValueError(f"--control-cfg {args.control_cfg}: the model was trained with --control-drop 0")
         if (args.cfg > 1 or args.control_cfg is not None) and not guide and not model.y_embedder.dropout_prob:
             raise ValueError(f"--cfg {args.cfg}: the model was trained without label dropout and has no null class")
         if args.out and target.exists():

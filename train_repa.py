@@ -79,7 +79,7 @@ def parse_args(argv=None):
     parser.add_argument("--keep-every", type=int, default=50_000, help="steps between snapshots STEP.pt")
     parser.add_argument("--workers", type=int, help="loader processes (default: 4 if targets are read, else 0)")
     parser.add_argument("--init", metavar="CKPT", help="start from the EMA weights of this checkpoint where they fit")
-    parser.add_argument("--warmup", type=int, default=0, help="steps in which --lr rises from 0")
+    parser.add_argument("--warmup", type=int, default=0, help="first steps, in which the rate rises to --lr")
     parser.add_argument("--time-shift", type=float, help="of dit.shift_time (default: 1; with --init: ratio of sides)")
     parser.add_argument("--control", choices=["none", "constant", "cosine"], default="none", help="size, crop and flip")
     parser.add_argument("--control-alpha", type=float, default=1.0, help="exponent of the cosine weight of the size")
@@ -141,7 +141,7 @@ class Objective(nn.Module):
         self.model, self.weight = model, args.repa_weight
         size = args.model.split("/")[0]
         self.depth = {"nano": 2, "S": 4, "B": 4}.get(size, 8) if args.repa_depth is None else args.repa_depth
-        if self.weight < 0:
+        if not self.weight >= 0:
             raise ValueError(f"--repa-weight {self.weight}: must not be negative")
         self.alignment = Alignment(model, self.depth, meta) if self.weight > 0 else None
 
@@ -191,6 +191,19 @@ def transfer(path, config):
             raise ValueError(f"--init {path}: its {key} is {theirs[key]}, that of the model to train {config[key]}")
     grid, ratio = theirs["input_size"] // theirs["patch_size"], config["input_size"] / theirs["input_size"]
     return dict(pos_base=theirs.get("pos_base") or grid, time_shift=theirs.get("time_shift", 1.0) * ratio)
+
+
+def own_session(worker):
+    """A loader process out of reach of the signals that end a run: it is needed until the checkpoint is written."""
+    os.setsid()
+
+
+def on_any_rank(flag, device):
+    if not dist.is_initialized():
+        return bool(flag)
+    total = torch.tensor(float(bool(flag)), device=device)
+    dist.all_reduce(total)
+    return total.item() > 0
 
 
 def load_init(path, model):
@@ -336,8 +349,8 @@ def main(argv=None):
         # Resume, or start at step 0
         step, checkpoint = 0, sample.read_checkpoint(last) if last.exists() and not args.bench else None
         if checkpoint:
-            mine, theirs = vars(args), checkpoint["args"]
-            different = [key for key in mine if key not in MAY_CHANGE and mine[key] != theirs.get(key, mine[key])]
+            mine, theirs = vars(args), vars(parse_args([])) | checkpoint["args"]
+            different = [key for key in mine if key not in MAY_CHANGE and mine[key] != theirs[key]]
             if different:
                 was, now = ({key: each.get(key) for key in different} for each in (theirs, mine))
                 raise ValueError(f"{out} holds another run: {was} there, {now} here; choose another --out")
@@ -378,15 +391,21 @@ def main(argv=None):
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor is too new
         wrapped = DistributedDataParallel(objective, device_ids=[device] if cuda else None, broadcast_buffers=False)
 
-    # Ctrl-C and SIGTERM end the run at the next row of the log, with a checkpoint; a second one ends it at once
+    # Ctrl-C and SIGTERM end the run with a checkpoint; a second one ends a single process at once
     interrupted = []
-    for number in (signal.SIGINT, signal.SIGTERM) if not args.bench else ():
-        signal.signal(number, lambda number, _: (interrupted.append(number), signal.signal(number, signal.SIG_DFL)))
+
+    def interrupt(number, _):
+        if interrupted and world == 1:
+            raise KeyboardInterrupt
+        interrupted.append(number)
+
+    numbers = [] if args.bench else [signal.SIGINT, signal.SIGTERM]
+    handlers = {number: signal.signal(number, interrupt) for number in numbers}
 
     # Data: moments, labels and targets of this rank's micro-batches, from `step` on
     order = micro_batches(images, meta["views"], args.batch_size, micro, accumulation, rank, args.seed, step)
     workers = min(4, os.cpu_count()) * read_targets if args.workers is None else args.workers  # latents need no help
-    options = dict(num_workers=workers, pin_memory=cuda, collate_fn=default_convert)
+    options = dict(num_workers=workers, pin_memory=cuda, collate_fn=default_convert, worker_init_fn=own_session)
     loader = iter(DataLoader(features, batch_sampler=order, **options))
     scale, shift = meta["latent_scale"], meta["latent_shift"]
 
@@ -462,12 +481,12 @@ def main(argv=None):
             continue
 
         stop = step == args.steps
+        if world == 1 or step % 10 == 0:  # torchrun leaves 30 s between its signal and a kill
+            stop = stop or on_any_rank(interrupted, device)
         if step % args.log_every == 0 or stop:
-            totals = torch.cat([totals, totals.new_tensor([len(interrupted)])])
             if world > 1:
                 dist.all_reduce(totals)
-            *sums, applied, interruptions = totals.tolist()
-            stop = stop or interruptions > 0
+            *sums, applied = totals.tolist()
             if applied == 0:
                 bar.close()
                 which = f"steps {since + 1} to {step}" if step > since + 1 else f"step {step}"
@@ -492,16 +511,18 @@ def main(argv=None):
         if autoencoder and (step % args.sample_every == 0 or step == args.steps):
             sample.preview(ema.module, meta, autoencoder, out / f"samples-{step:07d}.png", args.seed, control_table)
         clock += time.perf_counter() - paused  # img_per_s speaks of training alone
-        if stop and step < args.steps:
-            if rank == 0:
-                print(f"\ninterrupted at step {step}; run the same command again to go on")
+        if stop:
             break
 
     bar.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     if args.bench and rank == 0:
         report_bench(timings, loader, args.batch_size, micro, mfu_scale, device)
     if world > 1:
         dist.destroy_process_group()
+    if step < args.steps and not args.bench:
+        sys.exit(f"interrupted at step {step}; run the same command again to go on" if rank == 0 else 1)
 
 
 if __name__ == "__main__":

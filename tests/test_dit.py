@@ -355,7 +355,9 @@ def test_bad_conditioning():
         (dict(control="linear"), "expected none, constant or cosine"),
         (dict(control="cosine", control_alpha=0.0), "must be positive"),
         (dict(class_tokens=-1), "must not be negative"),
-        (dict(time_shift=0.0), "be positive"),
+        (dict(control="cosine", control_alpha=math.nan), "must be positive"),
+        (dict(time_shift=0.0), "must be positive"),
+        (dict(time_shift=math.inf), "must be positive"),
     ):
         with pytest.raises(ValueError, match=message):
             dit.DiT(**SMALL, **options)

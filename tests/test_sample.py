@@ -168,6 +168,40 @@ def test_guidance_with_control():
         close(v(scale=3.0, control_scale=0.5, interval=(0.5, 1)), v_c)
 
 
+def test_guide_has_control():
+    seen = []
+
+    class Guide(Recorder):
+        def forward(self, x, t, y, control=None):
+            seen.append(control)
+            return super().forward(x, t, y, control)
+
+    control, x = torch.tensor([[2.0] * 7]), torch.zeros(1, 4, 2, 2)
+    guided = sample.guided(Recorder(), torch.tensor([1]), scale=3.0, guide=Guide(offset=-0.5), control=control)
+    assert guided(x, 0.5)[0, 0, 0, 0].item() == 21 + 3 * (21.5 - 21) and torch.equal(seen[0], control)
+
+
+def test_control_of_image_i_is_its_own(tmp_path):
+    """With a table of different rows, images do not depend on the batch size."""
+    torch.manual_seed(0)
+    config = dict(arch="DiT", input_size=8, patch_size=2, in_channels=3, hidden_size=16, depth=2, num_heads=2)
+    config |= dict(num_classes=3, control="constant")
+    model = dit.build(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    data = dict(vae="none", latent_scale=1.0, latent_shift=0.0, image_size=8, classes=["0", "1", "2"])
+    table = torch.randint(1, 4000, (3, 50, 7))
+    state = dict(model=model.state_dict(), ema=model.state_dict(), config=config, data=data, step=0, args={"ema": 0.9})
+    torch.save(state | {"control": table}, tmp_path / "last.pt")
+    for batch in (2, 16):
+        options = f"--num 9 --steps 3 --batch-size {batch} --out {tmp_path / str(batch)}.npz"
+        sample.main([str(tmp_path / "last.pt"), *options.split()])
+    (a, _, protocol), (b, _, _) = load(tmp_path / "2.npz"), load(tmp_path / "16.npz")
+    assert np.abs(a.astype(int) - b).max() <= 1 and a.std() > 5 and protocol["control"] == "empirical"
+    sample.main([str(tmp_path / "last.pt"), *options.split()[:-1], str(tmp_path / "none.npz"), "--control", "none"])
+    assert (load(tmp_path / "none.npz")[0] != b).mean() > 0.1, "the control matters"
+
+
 def test_choose_control():
     table = torch.arange(3 * 5 * 7).reshape(3, 5, 7)
     y = torch.tensor([2, 0, 2, 1])
@@ -318,6 +352,8 @@ def test_bad_input(checkpoint, tmp_path, capsys):
     assert "--grid x.pgn: must end in .png" in complain(checkpoint, "--grid", "x.pgn")
     assert "no such folder" in complain(checkpoint, "--grid", tmp_path / "nodir" / "x.png")
     assert "--cfg 0.5: must be at least 1" in complain(checkpoint, "--cfg", "0.5")
+    assert "--cfg nan: must be at least 1" in complain(checkpoint, "--cfg", "nan")
+    assert "needs a scale >= 0" in complain(checkpoint, "--control-cfg", "nan")
     assert "the lower one first" in complain(checkpoint, "--cfg", "2", "--interval", "0.7", "0")
     assert "--interval has no effect without --cfg" in complain(checkpoint, "--interval", "0", "0.7")
     assert "--guide has no effect without --cfg" in complain(checkpoint, "--guide", checkpoint)

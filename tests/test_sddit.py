@@ -441,3 +441,17 @@ def test_bad_input(cache, tmp_path):
     assert "--prototypes at least 2" in complain("--prototypes", 1)
     assert "--teacher-noise 0: expected a noise level" in complain("--teacher-noise", 0)
     assert not (tmp_path / "run").exists()
+
+
+def test_noise_levels_are_shifted(cache, monkeypatch):
+    """--time-shift 2 doubles sigma of the student's and of the teacher's view."""
+    objective, seen, coefficients = objective_for(cache), [], dit.edm_coefficients
+    monkeypatch.setattr(dit, "edm_coefficients", lambda sigma: seen.append(sigma) or coefficients(sigma))
+    inputs = batch()
+    objective(**inputs)
+    objective.model.time_shift = 2.0
+    objective(**inputs)
+    student, teacher, student_2, teacher_2 = seen
+    torch.testing.assert_close(student, train_sddit.view_noise(inputs["t"]))
+    assert torch.equal(student_2, 2 * student) and torch.equal(teacher_2, 2 * teacher)
+    assert teacher.tolist() == pytest.approx(len(teacher) * [0.002])

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -463,23 +464,59 @@ def test_flow_times_are_shifted(cache):
     assert plain(t=t, **rest)["loss"].item() != pytest.approx(expected.item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_interrupt_saves(cache, tmp_path, processes):
-    """SIGTERM or Ctrl-C: the run ends with a checkpoint at the next row of the log, and the same command goes on."""
+def test_preview_has_control(cache, tmp_path, monkeypatch):
+    seen, generate = [], sample.generate
+    monkeypatch.setattr(sample, "generate", lambda *a, **k: seen.append(k["control"]) or generate(*a, **k))
+    train(cache, tmp_path / "run", "--steps", 1, "--control", "constant")
+    assert seen[0].tolist() == 12 * [[8, 12, 0, 2, 8, 8, 0]]
+
+
+@pytest.mark.parametrize("processes, workers", [(1, 2), (2, 0)])
+def test_interrupt_saves(cache, tmp_path, processes, workers):
+    """SIGTERM to the group, or Ctrl-C under torchrun to every process: a checkpoint, long before a row of the log."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    options = "--model nano/2 --steps 100000 --batch-size 16 --log-every 2 --sample-every 0 --workers 0".split()
+    options = "--model nano/2 --steps 100000 --batch-size 16 --log-every 99999 --save-every 30 --sample-every 0".split()
     command += ["train_repa.py", "--data", str(cache), "--out", str(tmp_path / "run"), *options]
+    command += ["--workers", str(workers)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    log = tmp_path / "run" / "log.jsonl"
-    while process.poll() is None and not (log.exists() and '"step"' in log.read_text()):
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
+    last = tmp_path / "run" / "last.pt"
+    while process.poll() is None and not last.exists():
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM if processes == 1 else signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
-    step = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"]
-    assert step == rows(tmp_path / "run")[-1]["step"] >= 2 and f"interrupted at step {step}" in out
+    if processes == 1:
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        for pid in (*children, process.pid):
+            os.kill(pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    step = torch.load(last, weights_only=True)["step"]
+    assert step == rows(tmp_path / "run")[-1]["step"] > 30, "a row and a save of the last step"
+    assert f"interrupted at step {step}; run the same command again" in errors and process.returncode != 0
+
+
+def test_handlers_are_restored(cache, tmp_path):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    train(cache, tmp_path / "run", "--steps", 1, "--sample-every", 0)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_run_from_before_these_flags(cache, tmp_path):
+    """Flags that an older checkpoint does not know count as their defaults."""
+    train(cache, tmp_path / "run", "--steps", 1, "--sample-every", 0)
+    old = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    del old["control"]
+    for key in ("control", "control_alpha", "class_tokens"):
+        del old["args"][key], old["config"][key]
+    for key in ("control_drop", "warmup", "time_shift"):
+        del old["args"][key]
+    torch.save(old, tmp_path / "run" / "last.pt")
+    with pytest.raises(SystemExit, match="holds another run: .*'control': 'none'.* there, .*'control': 'cosine'"):
+        train(cache, tmp_path / "run", "--steps", 2, "--sample-every", 0, "--control", "cosine")
+    assert train(cache, tmp_path / "run", "--steps", 2, "--sample-every", 0)["step"] == 2
 
 
 def test_a_finished_run_says_so(cache, tmp_path, capsys):
