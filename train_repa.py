@@ -186,10 +186,12 @@ def transfer(path, config):
     tokens than `config`, so that hardly a weight would fit.
     """
     theirs = sample.read_checkpoint(path)["config"]
-    for key in ("patch_size", "hidden_size", "depth", "num_heads", "in_channels"):
+    for key in ("patch_size", "hidden_size", "depth", "num_heads"):
         if theirs[key] != config[key]:
             raise ValueError(f"--init {path}: its {key} is {theirs[key]}, that of the model to train {config[key]}")
-    grid, ratio = theirs["input_size"] // theirs["patch_size"], config["input_size"] / theirs["input_size"]
+    alike = theirs["in_channels"] == config["in_channels"]  # latents of another kind have no ratio of resolutions
+    grid = theirs["input_size"] // theirs["patch_size"]
+    ratio = config["input_size"] / theirs["input_size"] if alike else 1
     return dict(pos_base=theirs.get("pos_base") or grid, time_shift=theirs.get("time_shift", 1.0) * ratio)
 
 

@@ -410,6 +410,7 @@ def test_sample_and_init_from_an_official_file(official, tmp_path, small_vae, fo
     run = "--model small/2 --steps 1 --batch-size 4 --repa-weight 0 --sample-every 0 --workers 0 --lr 0".split()
     names = ["--data", tmp_path / "cache", "--out", tmp_path / "run", "--init", tmp_path / "official.pt"]
     train_repa.main([*map(str, names), *run])
-    assert "skipped: [" in capsys.readouterr().out
+    shown = "final_layer, x_embedder, y_embedder; unused: final_layer, x_embedder, y_embedder; time shift 1"
+    assert f"new: {shown}" in capsys.readouterr().out
     weights = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
     assert torch.equal(weights["blocks.3.mlp.fc1.weight"], official[1]["blocks.3.mlp.fc1.weight"])
