@@ -311,19 +311,6 @@ def transfer(path, config):
     return dict(pos_base=theirs.get("pos_base") or grid, time_shift=theirs.get("time_shift", 1.0) * ratio)
 
 
-def own_session(worker):
-    """A loader process out of reach of the signals that end a run: it is needed until the checkpoint is written."""
-    os.setsid()
-
-
-def on_any_rank(flag, device):
-    if not dist.is_initialized():
-        return bool(flag)
-    total = torch.tensor(float(bool(flag)), device=device)
-    dist.all_reduce(total)
-    return total.item() > 0
-
-
 def load_init(path, model):
     """Copy the EMA weights of a checkpoint into `model` where names and shapes fit; returns a line that says which."""
     own, found = model.state_dict(), sample.read_checkpoint(path)["ema"]
@@ -335,6 +322,19 @@ def load_init(path, model):
     for kind, names in (("resized", resized), ("new", new), ("unused", unused)):
         parts.append(f"{kind}: {', '.join(sorted({name.split('.')[0] for name in names})) or 'none'}")
     return f"--init {path}: {'; '.join(parts)}"
+
+
+def own_session(worker):
+    """A loader process out of reach of the signals that end a run: it is needed until the checkpoint is written."""
+    os.setsid()
+
+
+def on_any_rank(flag, device):
+    if not dist.is_initialized():
+        return bool(flag)
+    total = torch.tensor(float(bool(flag)), device=device)
+    dist.all_reduce(total)
+    return total.item() > 0
 
 
 def save(path, checkpoint):
