@@ -15,6 +15,8 @@ Shapes in the right margin:
 """
 
 import math
+import os
+import shutil
 
 import numpy as np
 import torch
@@ -428,6 +430,21 @@ class SDDiT(DiT):
         return (x, tokens) if encoded else x
 
 
+def compile_blocks(module):
+    """torch.compile every DiTBlock below `module`, in place: one small graph for all blocks of a shape.
+
+    Whole models compile for minutes, and DistributedDataParallel would cut them into dozens of graphs. dynamic=False:
+    another number of tokens is another graph, not a slower general one. ValueError without a C++ compiler.
+    """
+    compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
+    if not any(map(shutil.which, compilers)):
+        raise ValueError("--compile needs a C++ compiler (g++ or clang++): install one, or pass --no-compile")
+    torch._dynamo.config.optimize_ddp = False
+    for block in module.modules():
+        if isinstance(block, DiTBlock):
+            block.compile(dynamic=False)
+
+
 ARCHITECTURES = {"DiT": DiT, "DiverseDiT": DiverseDiT, "SDDiT": SDDiT}
 
 
@@ -438,47 +455,6 @@ def parse_model(name):
         raise ValueError(f"--model {name!r}: expected SIZE/PATCH with SIZE one of {', '.join(SIZES)}, for example XL/2")
     depth, hidden_size, num_heads = SIZES[size]
     return dict(patch_size=int(patch), hidden_size=hidden_size, depth=depth, num_heads=num_heads)
-
-
-def from_official(state):
-    """(config, state) in this file's terms for a state dict of REPA's or SiT's released models, by its keys and values.
-
-    REPA's files load as they are (older ones call the blocks behind the aligned one `decoder_blocks`; projectors are
-    left out). SiT's are converted exactly: the first four of eight output channels are its prediction, and with
-    v_REPA(x, t) = - v_SiT(x, 1 - t) the last layer changes its sign and the time MLP absorbs t -> 1 - t, a rotation of
-    every pair cos(t f), sin(t f). ValueError for DiT's own (they predict noise, not velocity) and any other dict.
-    """
-    if not {"pos_embed", "blocks.0.attn.qkv.weight", "final_layer.linear.weight"} <= state.keys():
-        raise ValueError("neither a checkpoint of these training scripts nor of REPA or SiT")
-    shallow = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    converted = {}
-    for name, value in state.items():
-        part, _, rest = name.partition(".")
-        if part == "decoder_blocks":
-            i, _, rest = rest.partition(".")
-            name = f"blocks.{int(i) + shallow}.{rest}"
-        if part != "projectors":
-            converted[name] = value.float()
-    width, channels, patch, _ = converted["x_embedder.proj.weight"].shape
-    depth = len({name.split(".")[1] for name in converted if name.startswith("blocks.")})
-    heads = [h for d, w, h in SIZES.values() if (d, w) == (depth, width)]
-    if not heads:
-        raise ValueError(f"{depth} blocks of width {width} are none of the sizes {', '.join(SIZES)}")
-    final = "final_layer.linear."
-    if len(converted[final + "bias"]) == 2 * patch**2 * channels:  # eight channels: SiT or DiT
-        for name in (final + "weight", final + "bias"):
-            half = converted[name].view(patch**2, 2, channels, -1)
-            if half[:, 1].any():  # SiT never trains its second half, which stays at its initial 0
-                raise ValueError("a DiT checkpoint: it predicts the noise of a DDPM, these samplers need a velocity")
-            converted[name] = -half[:, 0].reshape(-1, *converted[name].shape[1:])
-        weight = converted["t_embedder.mlp.0.weight"]
-        cos, sin = weight.chunk(2, dim=1)
-        f = Sinusoids(cos.shape[1]).omega
-        mirrored = [cos * f.cos() + sin * f.sin(), cos * f.sin() - sin * f.cos()]
-        converted["t_embedder.mlp.0.weight"] = torch.cat(mirrored, dim=1)
-    classes, tokens = len(converted["y_embedder.embedding_table.weight"]) - 1, converted["pos_embed"].shape[1]
-    config = dict(arch="DiT", input_size=math.isqrt(tokens) * patch, patch_size=patch, in_channels=channels)
-    return config | dict(hidden_size=width, depth=depth, num_heads=heads[0], num_classes=classes), converted
 
 
 def build(config):

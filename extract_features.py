@@ -18,7 +18,9 @@ mirror); with --crops K, K random squares. Targets and control are those of the 
 """
 
 import argparse
+import fcntl
 import json
+import math
 import os
 import shutil
 import sys
@@ -37,11 +39,118 @@ import torch.nn as nn
 import torch.nn.functional as F
 from numpy.lib.format import open_memmap
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_convert
 from tqdm import tqdm
 
 FORMAT_VERSION = 1
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shared by the programs: command lines, and folders that one command fills, whether or not it is interrupted
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose --help keeps the docstring as it stands and shows every default, and whose errors are one line."""
+
+    class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action):
+            silent = action.default is None or action.default is False or "default" in (action.help or "")
+            return action.help if silent else super()._get_help_string(action)
+
+    def __init__(self, file, description):
+        super().__init__(prog=Path(file).name, description=description, formatter_class=self.Formatter)
+
+    def error(self, message):
+        raise SystemExit(f"{self.prog}: {message}")
+
+
+def number(kind, low=-math.inf, high=math.inf, above=-math.inf):
+    """An argparse type: a finite int or float with low <= value <= high and value > above."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'an integer' if kind is int else 'a number'}") from None
+        if not (low <= value <= high and value > above and math.isfinite(value)):
+            bounds = ((low, "at least"), (high, "at most"), (above, "above"))
+            bounds = [f"{word} {bound}" for bound, word in bounds if math.isfinite(bound)]
+            raise argparse.ArgumentTypeError(f"{text}: must be {' and '.join(bounds or ['finite'])}")
+        return value
+
+    return parse
+
+
+def lock_folder(folder):
+    """Create the folder and lock it against a second process, until the result is closed or this process ends.
+
+    ValueError if another process holds the lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another process is writing there; wait for it or choose another --out") from None
+    except OSError:
+        pass  # a file system without locks
+    return file
+
+
+def start_folder(folder, file, description, arrays, parts, ignore=(), copies=1):
+    """Create a folder of empty arrays to be filled part by part, or check that the one there is of the same command.
+
+    folder/file: `description` as JSON; arrays: name -> dict(shape, dtype); progress.npy: a flag for each of `parts`,
+    made last. ignore: keys of the description that may differ. copies: how often the disk must hold all.
+    Returns the folder's lock. ValueError if the folder holds something else, or if the disk is too small.
+    """
+    foreign = folder.exists() and not (folder / file).exists() and {p.name for p in folder.iterdir()} - {".lock"}
+    if foreign:
+        raise ValueError(f"{folder} holds other files, such as {min(foreign)}; choose another --out")
+    lock = lock_folder(folder)
+    if (folder / file).exists():
+        found = json.loads((folder / file).read_text())
+        for key in description:
+            if key not in ignore and found.get(key) != description[key]:
+                here = f"{key} is {found.get(key)!r} there, {description[key]!r} here"
+                raise ValueError(f"{folder} holds the work of another command: {here}; choose another --out")
+        if (folder / "progress.npy").exists() or found.get("complete"):
+            return lock
+    size = copies * sum(np.prod(a["shape"], dtype=np.int64) * np.dtype(a["dtype"]).itemsize for a in arrays.values())
+    free = shutil.disk_usage(folder).free
+    print(f"{folder}: {size / 1e9:.3f} GB, {free / 1e9:.1f} GB free", flush=True)
+    if size > free:
+        raise ValueError(f"{folder}: needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+    write_json(folder / file, description)
+    for name, array in arrays.items():
+        open_memmap(folder / f"{name}.npy", mode="w+", shape=tuple(array["shape"]), dtype=array["dtype"])
+    open_memmap(folder / "progress.npy", mode="w+", shape=(parts,), dtype=np.uint8)
+    return lock
+
+
+def write_json(path, value):
+    """Replace the file at once: a kill leaves the old one or the new one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+class ArrayFile:
+    """Rows of an .npy file written in place with ordinary writes: they raise when the disk is full (a memory map would
+    kill the process) and do not touch the rows that other nodes write."""
+
+    def __init__(self, path):
+        array = np.load(path, mmap_mode="r")
+        self.offset, self.row, self.dtype = array.offset, array.strides[0], array.dtype
+        self.file = open(path, "r+b", buffering=0)
+
+    def write(self, start, rows):
+        data = np.ascontiguousarray(rows, dtype=self.dtype)
+        self.file.seek(self.offset + start * self.row)
+        if self.file.write(data) != data.nbytes:
+            raise OSError(f"{self.file.name}: short write; is the disk full?")
+        os.fsync(self.file.fileno())
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Images
@@ -447,6 +556,16 @@ def to_int8(targets):
 # The cache: reader
 
 
+def to_autoencoder(latents, meta):
+    """The inverse of CachedFeatures.latents: latents as a model makes them -> as the autoencoder decodes them."""
+    return latents / meta["latent_scale"] + meta["latent_shift"]
+
+
+def own_session(worker):
+    """Put a loader process out of reach of the signals that end a run: it is needed until the checkpoint is written."""
+    os.setsid()
+
+
 class CachedFeatures(Dataset):
     """Reader of a cache: item i is view i % V of image i // V. Batched gathers in file order, so that a disk keeps up.
 
@@ -483,6 +602,23 @@ class CachedFeatures(Dataset):
             self.arrays[name] = array if name == "labels" else array.reshape(-1, *array.shape[2:])
         self.views, self.rows = self.meta["views"], np.flatnonzero(self.arrays["labels"] >= 0)
         self.labels = np.asarray(self.arrays["labels"])[self.rows]
+
+    @property
+    def model_options(self):
+        """What a model must know of the cache: input_size, in_channels, num_classes."""
+        names = dict(input_size="latent_side", in_channels="latent_channels")
+        return {name: self.meta[key] for name, key in names.items()} | {"num_classes": len(self.meta["classes"])}
+
+    def latents(self, moments, noise=0):
+        """Moments [N, 2C, h, w] and noise [N, C, h, w] -> latents as the model sees them; noise 0: the mean."""
+        mean, std = moments.float().chunk(2, dim=1)
+        return (mean + std * noise - self.meta["latent_shift"]) * self.meta["latent_scale"]
+
+    def loader(self, order, workers=0, pin_memory=False):
+        """Iterator over dicts of tensors, one for each array of indices in `order`."""
+        options = dict(num_workers=workers, pin_memory=pin_memory, worker_init_fn=own_session)
+        # the dataset returns whole batches, so there is nothing to stack: default_convert only makes tensors of arrays
+        return iter(DataLoader(self, batch_sampler=order, collate_fn=default_convert, **options))
 
     def __reduce__(self):
         return CachedFeatures, self.opened  # a spawned loader process opens the files itself: a pickle would copy them
@@ -544,58 +680,6 @@ class Chunks(Dataset):
         return chunk, np.stack(pixels), np.stack(control), bad
 
 
-class ArrayFile:
-    """Rows of an .npy file written in place with ordinary writes: they raise when the disk is full (a memory map would
-    kill the process) and do not touch the rows that other nodes write."""
-
-    def __init__(self, path):
-        array = np.load(path, mmap_mode="r")
-        self.offset, self.row, self.dtype = array.offset, array.strides[0], array.dtype
-        self.file = open(path, "r+b", buffering=0)
-
-    def write(self, start, rows):
-        data = np.ascontiguousarray(rows, dtype=self.dtype)
-        self.file.seek(self.offset + start * self.row)
-        if self.file.write(data) != data.nbytes:
-            raise OSError(f"{self.file.name}: short write; is the disk full?")
-        os.fsync(self.file.fileno())
-
-
-def start_cache(out, meta, labels):
-    """Create the files of a cache, or check that the unfinished one in `out` is the same. ValueError if it is not, or
-    if the disk is too small. `progress.npy` [number of chunks] marks what is written; it is made last."""
-    meta_file, arrays = out / "meta.json", meta["arrays"]
-    if meta_file.exists():
-        found = json.loads(meta_file.read_text()) | {"complete": False, "skipped": []}
-        found = {"flip": found.get("views") == 2, "crops": 0, "seed": 0} | found  # caches from before --crops
-        different = [key for key in meta if found.get(key) != meta[key]]
-        if different:
-            key = different[0]
-            here = f"{key} is {found.get(key)!r} there, {meta[key]!r} here"
-            raise ValueError(f"--out {out} holds another cache: {here}; choose another --out")
-        if (out / "progress.npy").exists() or json.loads(meta_file.read_text())["complete"]:
-            return
-    elif out.exists() and any(out.iterdir()):
-        raise ValueError(f"--out {out} holds files that are no feature cache; choose another --out")
-    size = sum(np.prod(a["shape"], dtype=np.int64) * np.dtype(a["dtype"]).itemsize for a in arrays.values())
-    out.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out).free
-    print(f"{out}: {size / 1e9:.3f} GB for {meta['count']:,} images, {free / 1e9:.1f} GB free", flush=True)
-    if size > free:
-        raise ValueError(f"--out {out}: the cache needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
-    write_json(meta_file, meta)
-    for name, array in arrays.items():
-        open_memmap(out / f"{name}.npy", mode="w+", shape=tuple(array["shape"]), dtype=array["dtype"])
-    np.save(out / "labels.npy", labels)
-    open_memmap(out / "progress.npy", mode="w+", shape=(-(-meta["count"] // meta["chunk"]),), dtype=np.uint8)
-
-
-def write_json(path, value):
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
-
-
 @torch.inference_mode()
 def extract(out, meta, images, autoencoder, encoder, args, rank, world, device):
     """Encode this rank's share of the chunks that `progress.npy` does not mark as written."""
@@ -650,6 +734,12 @@ def check_cache(path, size=1024):
         for name in (name for name, good in sound.items() if not good):
             raise ValueError(f"{path}: {name}.npy is unsound in views {start} to {start + size - 1}; extract it again")
     return f"{path}: sound, {len(features):,} views of {len(features.labels):,} images"
+
+
+def extract_digits(out):
+    """The cache of the real digits in tests/digits.npz that --digits of the training scripts uses."""
+    options = ["--data", str(Path(__file__).parent / "tests" / "digits.npz"), "--out", str(out)]
+    main([*options, *"--image-size 8 --patch 2 --vae none --encoder hog --workers 0".split()])
 
 
 def describe(args, images, autoencoder, encoder):
@@ -738,7 +828,10 @@ def main(argv=None):
         encoder = load_encoder(args.encoder, args.image_size // step, args.encoder_weights, device)
         out, meta = Path(args.out), describe(args, images, autoencoder, encoder)
         if rank == 0:
-            start_cache(out, meta, images.labels)
+            parts = -(-meta["count"] // meta["chunk"])
+            lock = start_folder(out, "meta.json", meta, meta["arrays"], parts, ignore=("complete", "skipped"))
+            if (out / "progress.npy").exists() and not np.load(out / "progress.npy").any():
+                np.save(out / "labels.npy", images.labels)
     except (ValueError, OSError) as error:
         sys.exit(f"extract_features.py: {error}")
     if world > 1:
@@ -755,6 +848,7 @@ def main(argv=None):
         (out / "progress.npy").unlink(missing_ok=True)
         without = f", without {len(skipped)} unreadable ones" if skipped else ""
         print(f"{out}: complete, {meta['count']:,} images of {len(meta['classes']):,} classes{without}")
+        lock.close()
 
 
 if __name__ == "__main__":

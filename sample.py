@@ -30,12 +30,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.lib.format import open_memmap
 from PIL import Image
 from tqdm import tqdm
 
 import dit
-from extract_features import ArrayFile, load_autoencoder
+from extract_features import ArrayFile, load_autoencoder, start_folder, to_autoencoder
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Samplers: pure functions of a model, a start and a schedule; model(x, t) with a number t; the state is float64
@@ -152,6 +151,61 @@ def guided(model, y, scale=1.0, interval=None, guide=None, control=None, control
 FIXED_CONTROL = [512, 512, 0, 0, 512, 512, 0]  # h0, w0, top, left, h, w, flip
 
 
+def write_checkpoint(path, checkpoint):
+    """Write beside the old file, then replace it: a kill or a full disk leaves the old checkpoint whole."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        sys.exit(f"cannot write {path} ({error}); free some space and run the same command again")
+
+
+def from_official(state):
+    """(config, state) in dit.py's terms for a state dict of REPA's or SiT's released models, by its keys and values.
+
+    REPA's files load as they are (older ones call the blocks behind the aligned one `decoder_blocks`; projectors are
+    left out). SiT's are converted exactly: the first four of eight output channels are its prediction, and with
+    v_REPA(x, t) = - v_SiT(x, 1 - t) the last layer changes its sign and the time MLP absorbs t -> 1 - t, a rotation of
+    every pair cos(t f), sin(t f). ValueError for DiT's own (they predict noise, not velocity) and any other dict.
+    """
+    if not {"pos_embed", "blocks.0.attn.qkv.weight", "final_layer.linear.weight"} <= state.keys():
+        raise ValueError("neither a checkpoint of these training scripts nor of REPA or SiT")
+    shallow = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    converted = {}
+    for name, value in state.items():
+        part, _, rest = name.partition(".")
+        if part == "decoder_blocks":
+            i, _, rest = rest.partition(".")
+            name = f"blocks.{int(i) + shallow}.{rest}"
+        if part != "projectors":
+            converted[name] = value.float()
+    width, channels, patch, _ = converted["x_embedder.proj.weight"].shape
+    depth = len({name.split(".")[1] for name in converted if name.startswith("blocks.")})
+    heads = [h for d, w, h in dit.SIZES.values() if (d, w) == (depth, width)]
+    if not heads:
+        raise ValueError(f"{depth} blocks of width {width} are none of the sizes {', '.join(dit.SIZES)}")
+    final = "final_layer.linear."
+    if len(converted[final + "bias"]) == 2 * patch**2 * channels:  # eight channels: SiT or DiT
+        for name in (final + "weight", final + "bias"):
+            half = converted[name].view(patch**2, 2, channels, -1)
+            if half[:, 1].any():  # SiT never trains its second half, which stays at its initial 0
+                raise ValueError("a DiT checkpoint: it predicts the noise of a DDPM, these samplers need a velocity")
+            converted[name] = -half[:, 0].reshape(-1, *converted[name].shape[1:])
+        weight = converted["t_embedder.mlp.0.weight"]
+        cos, sin = weight.chunk(2, dim=1)
+        f = dit.Sinusoids(cos.shape[1]).omega
+        mirrored = [cos * f.cos() + sin * f.sin(), cos * f.sin() - sin * f.cos()]
+        converted["t_embedder.mlp.0.weight"] = torch.cat(mirrored, dim=1)
+    classes, tokens = len(converted["y_embedder.embedding_table.weight"]) - 1, converted["pos_embed"].shape[1]
+    config = dict(arch="DiT", input_size=math.isqrt(tokens) * patch, patch_size=patch, in_channels=channels)
+    return config | dict(hidden_size=width, depth=depth, num_heads=heads[0], num_classes=classes), converted
+
+
 def read_checkpoint(path):
     """The dict of a checkpoint of the training scripts, on the CPU; those of REPA and SiT are brought into its form.
 
@@ -169,7 +223,7 @@ def read_checkpoint(path):
     if {"model", "ema", "config", "data", "step"} <= checkpoint.keys():
         return {"control": None} | checkpoint
     try:
-        config, state = dit.from_official(checkpoint.get("ema", checkpoint))
+        config, state = from_official(checkpoint.get("ema", checkpoint))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     vae, scale = "stabilityai/sd-vae-ft-ema", 0.18215
@@ -271,7 +325,7 @@ def decode(latents, autoencoder, data):
 
     official code: REPA and ADM truncate 255 (x + 1) / 2, half a level darker / here: rounded, as in DiT and SiT.
     """
-    images = autoencoder.decode((latents / data["latent_scale"] + data["latent_shift"]).float())
+    images = autoencoder.decode(to_autoencoder(latents, data).float())
     return (images.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -368,28 +422,6 @@ def parse_args(argv=None):
     return args
 
 
-def start_images(folder, protocol, size, out):
-    """Create the folder of images under way, or check that the one there belongs to the same command (ValueError)."""
-    if (folder / "done.npy").exists():
-        found = json.loads((folder / "protocol.json").read_text())
-        different = [key for key in protocol if found.get(key) != protocol[key]]
-        if different:
-            key = different[0]
-            here = f"{key} {found.get(key)!r} there, {protocol[key]!r} here"
-            raise ValueError(f"{folder} holds images of another command: {here}; finish it or delete the folder")
-        return
-    need = protocol["count"] * size * size * 3
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
-    if need * (1 + bool(out)) > free:
-        twice = "twice " * bool(out)
-        raise ValueError(f"{folder.parent}: the images need {twice}{need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
-    folder.mkdir(exist_ok=True)
-    (folder / "protocol.json").write_text(json.dumps(protocol))
-    open_memmap(folder / "images.npy", mode="w+", shape=(protocol["count"], size, size, 3), dtype=np.uint8)
-    open_memmap(folder / "done.npy", mode="w+", shape=(protocol["count"],), dtype=np.uint8)
-
-
 def main(argv=None):
     args = parse_args(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -444,19 +476,21 @@ def main(argv=None):
             rounding="nearest",
         )
         if rank == 0:
-            start_images(folder, protocol, data["image_size"], args.out)
+            size, copies = data["image_size"], 1 + bool(args.out)
+            arrays = {"images": dict(shape=[args.num, size, size, 3], dtype="uint8")}
+            lock = start_folder(folder, "protocol.json", protocol, arrays, args.num, copies=copies)
     except (ValueError, OSError) as error:
         sys.exit(f"sample.py: {error}")
     if world > 1:
         dist.barrier()
 
-    done = np.load(folder / "done.npy", mmap_mode="r")
+    done = np.load(folder / "progress.npy", mmap_mode="r")
     todo = np.flatnonzero(done == 0)
     guidance = dict(scale=args.cfg, interval=args.interval, guide=guide, control_scale=args.control_cfg)
     batches = [todo[i : i + args.batch_size] for i in range(0, len(todo), args.batch_size)][rank::world]
     if world > 1:
         dist.barrier()  # every rank has read the same `done` before any writes to it
-    images, flags = ArrayFile(folder / "images.npy"), ArrayFile(folder / "done.npy")
+    images, flags = ArrayFile(folder / "images.npy"), ArrayFile(folder / "progress.npy")
     bar = tqdm(total=args.num, initial=int(done.sum()), unit="img", disable=rank > 0)
     for indices in batches:
         y = choose_labels(args.labels, indices, num_classes, args.seed)
@@ -485,6 +519,7 @@ def main(argv=None):
         np.savez(temporary, arr_0=pixels, arr_1=labels, protocol=np.array(json.dumps(protocol)))
         os.replace(temporary, args.out)
     shutil.rmtree(folder)
+    lock.close()
     print(", ".join(f"{key} {value}" for key, value in protocol.items()))
 
 
