@@ -614,8 +614,19 @@ class CachedFeatures(Dataset):
         mean, std = moments.float().chunk(2, dim=1)
         return (mean + std * noise - self.meta["latent_shift"]) * self.meta["latent_scale"]
 
-    def loader(self, order, workers=0, pin_memory=False):
-        """Iterator over dicts of tensors, one for each array of indices in `order`."""
+    def spread(self, images):
+        """A batch (see __getitems__) of the first views of about so many images, evenly spread over the classes."""
+        by_class = np.argsort(self.labels, kind="stable")
+        chosen = by_class[np.linspace(0, len(by_class) - 1, min(images, len(by_class))).astype(int)]
+        return default_convert(self.__getitems__(chosen * self.views))
+
+    def loader(self, order, workers=None, pin_memory=False):
+        """Iterator over dicts of tensors, one for each array of indices in `order`.
+
+        workers: processes that read ahead, by default 4 for targets and none for latents alone.
+        """
+        if workers is None:
+            workers = min(4, os.cpu_count()) if "targets" in self.arrays else 0
         options = dict(num_workers=workers, pin_memory=pin_memory, worker_init_fn=own_session)
         # the dataset returns whole batches, so there is nothing to stack: default_convert only makes tensors of arrays
         return iter(DataLoader(self, batch_sampler=order, collate_fn=default_convert, **options))

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import sys
 from datetime import timedelta
 from itertools import pairwise
@@ -34,7 +35,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import dit
-from extract_features import ArrayFile, load_autoencoder, start_folder, to_autoencoder
+from extract_features import ArrayFile, load_autoencoder, lock_folder, start_folder, to_autoencoder, write_json
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Samplers: pure functions of a model, a start and a schedule; model(x, t) with a number t; the state is float64
@@ -231,6 +232,80 @@ def read_checkpoint(path):
     data["classes"] = [str(i) for i in range(config["num_classes"])]
     checkpoint = dict(step=checkpoint.get("steps"), args={"ema": 0.9999}, control=None)
     return checkpoint | dict(model=state, ema=state, config=config, data=data)
+
+
+def read_run(folder, args, data, may_change):
+    """The checkpoint of a run to resume, None if there is none. ValueError if it is of another command or cache.
+
+    args: the flags of the command, data: the meta.json of its cache; flags in `may_change` may differ.
+    """
+    path = Path(folder) / "last.pt"
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise ValueError(f"--out {folder}: is a file; choose a folder")
+    if not path.exists():
+        return None
+    checkpoint = read_checkpoint(path)
+    there, here = checkpoint["args"] | {"cache": checkpoint["data"]}, args | {"cache": data}
+    for key in sorted(there.keys() | here.keys()):
+        if key not in may_change and there.get(key) != here.get(key):
+            was, now = (str(values.get(key, "absent"))[:60] for values in (there, here))
+            raise ValueError(f"{folder} holds another run: {key} is {was} there, {now} here; choose another --out")
+    return checkpoint
+
+
+def restore(checkpoint, objective, ema, optimizer):
+    """Load a checkpoint into the objective (model and heads), its averaged model and its optimiser. ValueError if it
+    does not fit."""
+    weights = {f"model.{name}": value for name, value in checkpoint["model"].items()}
+    try:
+        objective.load_state_dict(weights | checkpoint["heads"])
+        ema.load_state_dict(checkpoint["ema"])
+        optimizer.load_state_dict(checkpoint["opt"])
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the checkpoint does not fit this run ({str(error).splitlines()[0]})") from None
+
+
+def start_run(args, step, world, model):
+    """Lock the run folder, describe this start in run.json, cut the log after `step`, and print one line.
+
+    Returns the lock, which is held until it is closed or the process ends.
+    """
+    out, lock = Path(args.out), lock_folder(Path(args.out))
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        commit = None
+    device = torch.cuda.get_device_name() if model.pos_embed.is_cuda else "cpu"
+    versions = dict(python=sys.version.split()[0], torch=torch.__version__, cuda=torch.version.cuda)
+    start = dict(step=step, argv=sys.argv, args=vars(args), versions=versions, device=device)
+    start |= dict(processes=world, git=commit)
+    starts = json.loads((out / "run.json").read_text()) if step and (out / "run.json").exists() else []
+    write_json(out / "run.json", [*starts, start])
+    log = out / "log.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may have cut the last one
+    temporary = log.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+    os.replace(temporary, log)
+    share = args.batch_size // world
+    micro = args.micro_batch or share
+    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {model.grid**2} tokens"
+    batch = f"batch {args.batch_size} = {world} processes x {share // micro} x {micro}"
+    print(f"{type(model).__name__} {args.model}, {size}; {device}, {args.precision}; {batch}; {out} from step {step}")
+    if step >= args.steps:
+        print(f"{out} is at step {step} already; raise --steps to go on")
+    return lock
+
+
+def write_row(path, row, bar):
+    """Append a row to log.jsonl and show its denoising loss, which methods have in common, unlike their totals."""
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+    name = "loss_fm" if "loss_fm" in row else "loss_edm"
+    bar.set_postfix_str(f"{name} {row[name]:.4f}, {row['img_per_s']:.0f} img/s")
+    if bar.disable:  # no terminal
+        print(f"step {row['step']}: {name} {row[name]:.4f}, {row['img_per_s']:.0f} img/s", flush=True)
 
 
 def load_model(path, weights="ema", device="cpu"):
