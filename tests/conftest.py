@@ -20,7 +20,9 @@ import dit  # noqa: E402
 import extract_features  # noqa: E402
 import train_repa  # noqa: E402
 
-SMALL = "--model nano/2 --steps 6 --batch-size 16 --lr 1e-3 --ema 0.9 --log-every 1 --save-every 3 --workers 0"
+SMALL = "--model nano/2 --steps 6 --batch-size 16 --lr 1e-3 --ema 0.9 --workers 0".split()
+SMALL += "--log-every 1 --save-every 3 --sample-every 0".split()
+EXTRACT = "--image-size 8 --patch 2 --vae none --encoder hog --batch-size 16 --workers 0".split()
 TINY = (2, 32, 2)  # blocks, width, heads
 
 
@@ -34,7 +36,7 @@ def tiny_nano(monkeypatch):
 
 def train(cache, out, *options, script=train_repa):
     """A small run, without pictures unless --sample-every is among the options. Returns its checkpoint."""
-    arguments = ["--data", cache, "--out", out, *SMALL.split(), "--sample-every", 0, *options]
+    arguments = ["--data", cache, "--out", out, *SMALL, *options]
     script.main([str(argument) for argument in arguments])
     return torch.load(out / "last.pt", weights_only=True)
 
@@ -90,7 +92,7 @@ WITH_TINY_NANO = f"import dit; dit.SIZES['nano'] = {TINY}"
 
 
 def command_line(*command, processes=1, first=None):
-    """The command that starts a script, with torchrun if `processes` > 1. first: Python statements to run before."""
+    """The command that starts a script, by torchrun if `processes` > 1, after the Python statements `first`."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -101,7 +103,8 @@ def command_line(*command, processes=1, first=None):
 
 def run(*command, processes=1, check=True, first=None, **environment):
     """Run a script of the repository as a user would (see command_line). Returns the ended process."""
-    line, env = command_line(*command, processes=processes, first=first), os.environ | ENVIRONMENT | environment
+    line, env = command_line(*command, processes=processes, first=first), os.environ | ENVIRONMENT
+    env |= environment
     done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
@@ -127,7 +130,7 @@ def become_rank(rank, world, port, function, arguments):
 
 
 def run_ranks(processes, function, *arguments, world=2):
-    """function(*arguments) in `world` processes that find one another as under torchrun, with the tiny nano."""
+    """function(*arguments) in processes that find each other as under torchrun, with the tiny nano."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -156,7 +159,11 @@ def small_npz(tmp_path_factory):
 @pytest.fixture(scope="session")
 def cache(small_npz, tmp_path_factory):
     """A cache of the small images: 8 x 8 pixels, HOG targets for patch 2, two views."""
-    out = tmp_path_factory.mktemp("cache") / "features"
-    options = "--image-size 8 --patch 2 --vae none --encoder hog --flip --batch-size 16 --workers 0"
-    extract_features.main(["--data", str(small_npz), "--out", str(out), *options.split()])
+    return extract(small_npz, tmp_path_factory.mktemp("cache") / "features", "--flip")
+
+
+def extract(source, out, *options):
+    """A cache at `out`, 8 x 8 pixels with HOG targets unless the options say otherwise. Returns `out`."""
+    arguments = ["--data", source, "--out", out, *EXTRACT, *options]
+    extract_features.main([str(argument) for argument in arguments])
     return out

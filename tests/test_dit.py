@@ -1,6 +1,7 @@
-"""dit.py against published parameter counts, the official key list, and a forward pass written out by hand."""
+"""dit.py against published parameter counts, the official keys, and a forward pass written out by hand."""
 
 import math
+import os
 
 import numpy as np
 import pytest
@@ -8,6 +9,9 @@ import torch
 import torch.nn.functional as F
 
 import dit
+import train_diversedit
+import train_repa
+import train_sddit
 
 COUNTS = {  # 256 px, patch 2, four channels: all parameters, and those that are trained
     "S": (32_957_200, 32_858_896),
@@ -63,7 +67,7 @@ def test_state_dict_keys_are_the_official_ones():
 
 def test_output_is_zero_at_initialisation():
     model = small_dit()
-    out, (tokens,) = model(torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([0, 4]), after=[3])
+    out, (tokens,) = model(torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([0, 4]), return_blocks=[3])
     assert out.shape == (2, 3, 8, 8) and (out == 0).all()
     assert tokens.shape == (2, 16, 32) and tokens.std() > 0.1
 
@@ -156,21 +160,20 @@ def test_tokens_on_request_are_block_outputs():
     for block in model.blocks:
         block.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     plain = model(x, t, y)
-    v, tokens = model(x, t, y, after=[1, 3])
+    v, tokens = model(x, t, y, return_blocks=[1, 3])
     assert torch.equal(plain, v)
     assert torch.equal(tokens[0], outputs[0]) and torch.equal(tokens[1], outputs[2]) and len(tokens) == 2
 
 
 def test_label_dropout():
-    model = small_dit(class_dropout_prob=0.4)
-    embedder, y = model.y_embedder, torch.zeros(20_000, dtype=torch.int64)
-    table = embedder.embedding_table.weight
-    assert table.shape[0] == 6
-    dropped = (embedder(y) == table[5]).all(1)
-    assert dropped.float().mean().item() == pytest.approx(0.4, abs=0.02)
-    drop = torch.arange(20_000) % 2 == 0
-    assert torch.equal((embedder(y, drop) == table[5]).all(1), drop), "a given mask is used as it is, not added to"
-    assert not (embedder.eval()(y) == table[5]).all(1).any()
+    """The labels to drop become the null class, the last row; without a mask or a null class none does."""
+    embedder, y = small_dit(class_dropout_prob=0.4).y_embedder, torch.tensor([0, 4, 2, 0])
+    table, drop = embedder.embedding_table.weight, torch.tensor([True, False, True, False])
+    assert embedder.dropout_prob == 0.4 and len(table) == 6
+    assert torch.equal(embedder(y, drop), table[[5, 4, 5, 0]]) and torch.equal(embedder(y), table[y])
+    without = small_dit(class_dropout_prob=0.0).y_embedder
+    assert len(without.embedding_table.weight) == 5
+    assert torch.equal(without(y, drop), without.embedding_table.weight[y])
 
 
 @pytest.mark.parametrize("patch, side, channels, classes", [(1, 5, 1, 1), (4, 8, 7, 3), (3, 9, 4, 1000)])
@@ -191,6 +194,62 @@ def test_bad_configurations():
     for name in ("XXL/2", "XL", "XL/0", "XL/two", "DiT-XL/2"):
         with pytest.raises(ValueError, match="SIZE/PATCH"):
             dit.parse_model(name)
+
+
+# --- cost
+
+GMACS = [
+    ("DiT", "XL/2", 32, 118.6),
+    ("DiT", "B/2", 32, 23.0),
+    ("DiT", "S/2", 32, 6.05),
+    ("DiT", "XL/2", 64, 524.5),
+    ("DiverseDiT", "XL/2", 32, 128.1),
+    ("SDDiT", "S/2", 32, 6.07 + 7.0),
+]
+
+
+@pytest.mark.parametrize("arch, model, side, gmac", GMACS)
+def test_forward_flops(arch, model, side, gmac):
+    """Published multiply-accumulates of a forward pass, on which TFLOP/s in the log rests (1 MAC = 2 FLOP)."""
+    config = dict(arch=arch, input_size=side, in_channels=4, num_classes=1000, **dit.parse_model(model))
+    assert dit.forward_flops(config) / 2e9 == pytest.approx(gmac, rel=0.005)
+
+
+STEP_GFLOPS = [
+    (train_repa, "DiT", 3 * 2 * (118.6 + 256 * (1152 * 2048 + 2048**2 + 2048 * 768) / 1e9)),
+    (train_diversedit, "DiverseDiT", 3 * 2 * 128.1),
+    (train_sddit, "SDDiT", 863),
+]
+
+
+@pytest.mark.parametrize("script, arch, expected", STEP_GFLOPS, ids=["repa", "diversedit", "sddit"])
+def test_flops_of_a_training_step(script, arch, expected):
+    """XL/2, per image: REPA's projector, DiverseDiT's long residuals, SD-DiT's masked student and its teacher."""
+    config = dict(arch=arch, input_size=32, in_channels=4, num_classes=1000, **dit.parse_model("XL/2"))
+    meta = dict(grid=16, latent_side=32, target_widths=[768], count=1_281_167, skipped=[])
+    with torch.device("meta"):
+        objective = script.Objective(dit.build(config), script.parse_args([]), meta)
+    assert objective.flops(config) / 1e9 == pytest.approx(expected, rel=0.005)
+
+
+def test_memory_is_checked_before_anything_is_built(monkeypatch):
+    """XL/2 with 256 images of 256 tokens: 13.5 GB of states and 143.7 GB of fp32 tokens, or half of these."""
+    config = dict(arch="DiT", input_size=32, in_channels=4, num_classes=1000, **dit.parse_model("XL/2"))
+    states, tokens = 20 * 675_111_184, 17 * 256 * 256 * 28 * 1152 * 4
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def check(memory, images=256, precision="fp32"):
+        monkeypatch.setattr(os, "sysconf", lambda name: memory // 4096 if name == "SC_PHYS_PAGES" else 4096)
+        dit.check_memory(config, images, precision)
+
+    check(states + tokens + 4096)
+    check(states + tokens // 2 + 4096, precision="bf16")
+    check(states + tokens // 256 + 4096, images=1)
+    sizes = r"--micro-batch.*--model.*\(nano/2, S/2, B/2, L/2\)"
+    with pytest.raises(ValueError, match=rf"256 images .* 157 GB, there are 157 GB: .*{sizes}"):
+        check(states + tokens - 4096)
+    with pytest.raises(ValueError, match=r"\(nano/2, S/2\)"):
+        check(2**35)
 
 
 # --- conditioning and resolution (arXiv 2411.03177)
@@ -343,7 +402,7 @@ def test_class_tokens(arch, options):
     c, tokens = model.condition(t, t, torch.tensor([0, 3]), None, None)
     assert torch.equal(c, model.t_embedder(t)) and tokens.shape == (2, 4, 32)
     if arch is not dit.SDDiT:
-        _, taps = model(x, t, torch.tensor([0, 3]), after=[1, 2])
+        _, taps = model(x, t, torch.tensor([0, 3]), return_blocks=[1, 2])
         assert [tap.shape for tap in taps] == 2 * [(2, 16, 32)]
         # by hand: the second block's output without the class tokens is what the final layer sees
         v = model.unpatchify(model.final_layer(taps[1], c))
@@ -352,12 +411,13 @@ def test_class_tokens(arch, options):
 
 def test_bad_conditioning():
     for options, message in (
-        (dict(control="linear"), "expected none, constant or cosine"),
-        (dict(control="cosine", control_alpha=0.0), "must be positive"),
-        (dict(class_tokens=-1), "must not be negative"),
-        (dict(control="cosine", control_alpha=math.nan), "must be positive"),
-        (dict(time_shift=0.0), "must be positive"),
-        (dict(time_shift=math.inf), "must be positive"),
+        (dict(control="linear"), "control 'linear'"),
+        (dict(control="cosine", control_alpha=0.0), "alpha 0.0"),
+        (dict(control="cosine", control_alpha=math.nan), "alpha nan"),
+        (dict(class_tokens=-1), "class_tokens -1"),
+        (dict(time_shift=0.0), "time_shift 0.0"),
+        (dict(time_shift=math.inf), "time_shift inf"),
+        (dict(pos_base=-1), "pos_base -1"),
     ):
         with pytest.raises(ValueError, match=message):
             dit.DiT(**SMALL, **options)
