@@ -1,5 +1,6 @@
 """Shared by the tests: a small cache, and small runs of the training scripts in this and other processes."""
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -34,10 +35,15 @@ def tiny_nano(monkeypatch):
     monkeypatch.setitem(dit.SIZES, "nano", TINY)
 
 
-def train(cache, out, *options, script=train_repa):
-    """A small run, without pictures unless --sample-every is among the options. Returns its checkpoint."""
+def start(script, cache, out, *options):
+    """A small run of the script of this name, without pictures unless --sample-every is among the options."""
     arguments = ["--data", cache, "--out", out, *SMALL, *options]
-    script.main([str(argument) for argument in arguments])
+    importlib.import_module(script).main([str(argument) for argument in arguments])
+
+
+def train(cache, out, *options, script=train_repa):
+    """A small run (see start). Returns its checkpoint."""
+    start(script.__name__, cache, out, *options)
     return torch.load(out / "last.pt", weights_only=True)
 
 

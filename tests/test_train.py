@@ -25,6 +25,7 @@ from conftest import (
     rows,
     run,
     run_ranks,
+    start,
     train,
 )
 from PIL import Image
@@ -244,17 +245,13 @@ def test_one_process_is_two_ranks_is_accumulation(cache, tmp_path, processes, sc
     """Weights, averages, heads (teacher and centres too) and optimiser; both at once with two ranks."""
     one = train(cache, tmp_path / "one", script=script)
     accumulated = train(cache, tmp_path / "accumulated", "--micro-batch", 4, script=script)
-    run_ranks(processes, train_with, script.__name__, cache, tmp_path / "two", "--micro-batch", 4)
+    run_ranks(processes, start, script.__name__, cache, tmp_path / "two", "--micro-batch", 4)
     two = torch.load(tmp_path / "two" / "last.pt", weights_only=True)
     assert difference(one, accumulated) < 1e-5 and difference(one, two) < 1e-5
     logs = (rows(tmp_path / name) for name in ("one", "accumulated", "two"))
     for a, b, c in zip(*logs, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5) == pytest.approx(c["loss"], abs=1e-5)
     assert script is train_repa or one["heads"]["centers"].abs().max() > 1e-3
-
-
-def train_with(script, *arguments):
-    train(*arguments, script={module.__name__: module for module in SCRIPTS}[script])
 
 
 def test_loss_falls(cache, tmp_path):
@@ -441,9 +438,9 @@ def test_a_folder_with_another_run(cache, tmp_path):
 def test_a_forgotten_model_is_refused_at_once(cache, tmp_path, monkeypatch):
     """The default, XL/2, on a machine of 8 GB: one line that names a flag and the sizes that fit."""
     monkeypatch.setattr(os, "sysconf", lambda name: 2**33 // 4096 if name == "SC_PHYS_PAGES" else 4096)
-    start = time.perf_counter()
+    began = time.perf_counter()
     message = refusal(cache, tmp_path / "run", "--model", train_repa.parse_args([]).model)
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - began < 5
     assert "--model" in message and "--micro-batch" in message and "9 GB" in message
     assert "B/2" in message and "L/2" not in message and not (tmp_path / "run").exists()
 
@@ -703,9 +700,9 @@ def test_a_bad_file_on_one_rank_ends_all(cache, tmp_path):
 
 def check_failure(cache, tmp_path, first, message):
     options = ["--data", cache, "--out", tmp_path / "run", *ENDLESS, "--steps", 2000]
-    start = time.perf_counter()
+    began = time.perf_counter()
     ended = run("train_repa.py", *options, processes=2, check=False, first=first)
-    assert ended.returncode != 0 and time.perf_counter() - start < 60
+    assert ended.returncode != 0 and time.perf_counter() - began < 60
     reports = [line for line in ended.stderr.splitlines() if re.search("Error|^train_repa.py: ", line)]
     assert message in reports[0], ended.stderr[-3000:]
 
@@ -713,7 +710,7 @@ def check_failure(cache, tmp_path, first, message):
 def test_two_runs_in_one_folder(cache, tmp_path, processes):
     """The second is refused; a first that was killed does not stand in the way."""
     options = [tmp_path / "run", *ENDLESS, "--steps", 10**6]
-    first = processes.Process(target=train_with, args=("train_repa", cache, *options))
+    first = processes.Process(target=start, args=("train_repa", cache, *options))
     first.start()
     while first.is_alive() and not (tmp_path / "run" / "last.pt").exists():
         time.sleep(0.05)
