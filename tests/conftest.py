@@ -98,7 +98,7 @@ WITH_TINY_NANO = f"import dit; dit.SIZES['nano'] = {TINY}"
 
 
 def command_line(*command, processes=1, first=None):
-    """The command that starts a script, by torchrun if `processes` > 1, after the Python statements `first`."""
+    """The command that starts a script after the statements `first`, by torchrun if `processes` > 1."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]

@@ -584,7 +584,7 @@ def test_flips_are_learned(tmp_path):
 
 
 def test_dropped_control_is_no_control(cache, tmp_path):
-    """With control dropped for all images, a run is bit for bit that of the same start without an embedder."""
+    """With control dropped for all images, a run is bit for bit that of the same start without it."""
     train(cache, tmp_path / "start", "--steps", 1)
     options = ["--init", tmp_path / "start" / "last.pt", "--repa-weight", 0]
     plain = train(cache, tmp_path / "plain", *options)
