@@ -26,6 +26,7 @@ import shutil
 import sys
 import zipfile
 from datetime import timedelta
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
@@ -648,16 +649,19 @@ class CachedFeatures(Dataset):
             batch[name][order] = array[rows[order]]
         return batch
 
+    @cached_property
     def control_table(self, per_class=50):
-        """int32 [classes, per_class, 7]: control rows of `per_class` images of each class, centred and not mirrored.
+        """int32 [classes, 50, 7]: control rows of 50 images of each class, centred and not mirrored; None without.
 
         Evenly spread over a class, repeated if it has fewer; zeros (no control) for a class without images.
         """
-        table = np.zeros((len(self.meta["classes"]), per_class, 7), np.int32)
+        if "control" not in self.arrays:
+            return None
+        table = torch.zeros(len(self.meta["classes"]), per_class, 7, dtype=torch.int32)
         for label in np.unique(self.labels):
             images = self.rows[self.labels == label]
             images = images[np.linspace(0, len(images) - 1, per_class).astype(int)]
-            table[label] = self.arrays["control"][images * self.views]
+            table[label] = torch.from_numpy(self.arrays["control"][images * self.views])
         return table
 
     def __getitem__(self, index):

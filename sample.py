@@ -416,11 +416,9 @@ def save_grid(images, path, columns, gap=4):
     Image.fromarray(grid[:-gap, :-gap]).save(path)
 
 
-def preview(model, data, autoencoder, path, seed=0, table=None, columns=10):
-    """The picture that training scripts draw of their EMA: a class per column, default sampler, no guidance.
-
-    table: control rows by class, of which `empirical` draws.
-    """
+def preview(model, features, autoencoder, path, seed=0, columns=10):
+    """The picture that training scripts draw of their EMA: a class per column, default sampler, no guidance."""
+    data, table = features.meta, features.control_table
     num_classes = len(data["classes"])
     columns = min(columns, num_classes) if num_classes > 1 else columns
     classes = np.linspace(0, num_classes - 1, columns).astype(int).tolist()
