@@ -60,6 +60,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, file, description):
         super().__init__(prog=Path(file).name, description=description, formatter_class=self.Formatter)
+        self.register("action", "onoff", argparse.BooleanOptionalAction)
 
     def error(self, message):
         raise SystemExit(f"{self.prog}: {message}")

@@ -28,11 +28,11 @@ their methods.
 Shapes in the right margin: N batch, C, H, W latent channels, height, width, T tokens, D width, L blocks.
 """
 
-import argparse
 import os
 import signal
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
@@ -83,9 +83,9 @@ def parse_args(argv=None):
     add("--beta2", type=number(float, 0, 1), default=0.999, help="AdamW's second beta")
     add("--clip", type=number(float, 0), default=1.0, help="largest norm of the gradient, 0 for no clipping")
     add("--ema", type=number(float, 0, 1), default=0.9999, help="decay of the averaged weights, per step")
-    cuda, onoff = torch.cuda.is_available(), argparse.BooleanOptionalAction
+    cuda = torch.cuda.is_available()
     add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32", help="of autocast")
-    add("--compile", action=onoff, default=cuda, help="torch.compile the blocks (default: on CUDA)")
+    add("--compile", action="onoff", default=cuda, help="torch.compile the blocks (default: on CUDA)")
     add = parser.add_argument_group("model and conditioning (arXiv 2411.03177)").add_argument
     add("--model", default="XL/2", help=f"SIZE/PATCH, SIZE one of {', '.join(dit.SIZES)}")
     add("--qk-norm", action="store_true", help="LayerNorm on queries and keys")
@@ -327,6 +327,7 @@ def launch():
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
     if world > 1:
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor is too new
         dist.init_process_group("nccl" if cuda else "gloo")
     return rank, world, device
 
@@ -334,7 +335,7 @@ def launch():
 def main(argv=None):
     args = parse_args(argv)
 
-    if args.digits and not Path(args.data, "meta.json").exists():
+    if args.digits and args.data == "features/digits":
         extract_digits(args.data)
     rank, world, device = launch()
 

@@ -26,11 +26,11 @@ everything outside is the same text in every train_*.py, so a diff of two script
 Shapes in the right margin: N batch, T patches, V visible ones, D width, K prototypes, B bottleneck, M tokens.
 """
 
-import argparse
 import os
 import signal
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
@@ -81,9 +81,9 @@ def parse_args(argv=None):
     add("--beta2", type=number(float, 0, 1), default=0.999, help="AdamW's second beta")
     add("--clip", type=number(float, 0), default=1.0, help="largest norm of the gradient, 0 for no clipping")
     add("--ema", type=number(float, 0, 1), default=0.9999, help="decay of the averaged weights, per step")
-    cuda, onoff = torch.cuda.is_available(), argparse.BooleanOptionalAction
+    cuda = torch.cuda.is_available()
     add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32", help="of autocast")
-    add("--compile", action=onoff, default=cuda, help="torch.compile the blocks (default: on CUDA)")
+    add("--compile", action="onoff", default=cuda, help="torch.compile the blocks (default: on CUDA)")
     add = parser.add_argument_group("model and conditioning (arXiv 2411.03177)").add_argument
     add("--model", default="XL/2", help=f"SIZE/PATCH, SIZE one of {', '.join(dit.SIZES)}")
     add("--qk-norm", action="store_true", help="LayerNorm on queries and keys")
@@ -271,14 +271,13 @@ class Objective(nn.Module):
         if dist.is_initialized():
             dist.all_reduce(mean)
             mean /= dist.get_world_size()
-        mean = torch.where(mean.isfinite(), mean, self.centers)                   # the step may be skipped
-        self.centers.lerp_(mean, 0.1)
+        self.centers.lerp_(torch.where(mean.isfinite(), mean, self.centers), 0.1)  # a step may be skipped
         self.seen.zero_()
         m = teacher_momentum(step, self.steps, *self.momenta)
         for ours, source in ((self.teacher, self.model), (self.teacher_head, self.head)):
             trained = dict(source.named_parameters())
-            names, averages = zip(*ours.named_parameters(), strict=True)
-            torch._foreach_lerp_(averages, [trained[name] for name in names], 1 - m)
+            pairs = [(average, trained[name]) for name, average in ours.named_parameters()]
+            torch._foreach_lerp_(*zip(*pairs, strict=True), 1 - m)
 
     def warn(self, row):
         """Announce a uniform collapse that a row of the log shows."""
@@ -375,6 +374,7 @@ def launch():
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
     if world > 1:
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor is too new
         dist.init_process_group("nccl" if cuda else "gloo")
     return rank, world, device
 
@@ -382,7 +382,7 @@ def launch():
 def main(argv=None):
     args = parse_args(argv)
 
-    if args.digits and not Path(args.data, "meta.json").exists():
+    if args.digits and args.data == "features/digits":
         extract_digits(args.data)
     rank, world, device = launch()
 
