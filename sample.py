@@ -626,7 +626,8 @@ def main(argv=None):
     try:
         sample_images(args)
     except (ValueError, OSError) as error:
-        sys.exit(f"sample.py: {error}")
+        file = "" if getattr(error, "filename", True) else f"{args.out or args.grid}: "  # a full disk names none
+        sys.exit(f"sample.py: {file}{error}")
 
 
 if __name__ == "__main__":
