@@ -117,8 +117,8 @@ def guided(model, y, scale=1.0, interval=None, guide=None, control=None, control
     2406.02507): v = g(y) + scale (v(y) - g(y)). Both see the same control [N, 7], which is not amplified.
     With a scale for the control as well (arXiv 2411.03177), in three passes, 0 for null class or no control:
         v = v(0, 0) + scale (v(y, 0) - v(0, 0)) + scale control_scale (v(y, control) - v(y, 0))
-    Outside the interval, or with scale <= 1 and no control_scale, there is one pass. To guide EDM's F is to guide
-    the denoiser, which is affine in F.
+    Outside the interval, or with scale <= 1 and no control_scale, there is one pass. EDM's denoiser is affine
+    in F, so guiding F guides it.
     paper: its guidance formula was not read / here: reconstructed from the two scales that it names.
     official code: DiT and SiT guide only three of the four channels (DiT#41) / here: all, as in REPA.
     official code: Heun's second evaluation is guided if the step's start is / here: if its own t is inside.
@@ -153,10 +153,7 @@ def guided(model, y, scale=1.0, interval=None, guide=None, control=None, control
 
 
 def replace_file(path, write):
-    """write(file) beside the old file, then replace it: a kill or a full disk leaves the old one whole.
-
-    SystemExit with one line if it fails.
-    """
+    """write(file) beside the old file, then replace it. SystemExit, and the old file whole, if that fails."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -171,7 +168,7 @@ def replace_file(path, write):
 
 
 def write_checkpoint(path, checkpoint):
-    """See replace_file."""
+    """Replace the checkpoint at `path` (see replace_file)."""
     replace_file(path, lambda file: torch.save(checkpoint, file))
 
 
@@ -297,8 +294,8 @@ def checkpoint_file(path):
 def read_checkpoint(path, resume=False, official=None):
     """The dict of a checkpoint or a run folder's last.pt, on the CPU; official files take the same form.
 
-    resume: prove also the parts that only training needs. official: see from_official. ValueError, which names
-    the file, if it is missing, damaged or another thing.
+    resume: prove also the parts that only training needs. official: see from_official. ValueError, naming the
+    file, if it is missing, damaged or another thing.
     """
     path = checkpoint_file(path)
     if not os.path.isfile(path):
@@ -447,14 +444,13 @@ def box(text):
     """An argparse type: empirical, fixed, none, or the seven numbers of a box inside its image."""
     if text in ("empirical", "fixed", "none"):
         return text
-    expected = "expected empirical, fixed, none, or a box h0,w0,top,left,h,w,flip"
     try:
-        h0, w0, top, left, h, w, flip = numbers = [int(value) for value in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text}: {expected}") from None
-    inside = min(top, left) >= 0 < min(h, w) and top + h <= h0 < 2**31 and left + w <= w0 < 2**31
-    if not inside or flip not in (0, 1):
-        raise argparse.ArgumentTypeError(f"{text}: {expected} inside its image, flip 0 or 1")
+        h0, w0, top, left, h, w, flip = numbers = [number(int, 0, 10**6)(value) for value in text.split(",")]
+        if min(h, w) < 1 or top + h > h0 or left + w > w0 or flip > 1:
+            raise ValueError
+    except (ValueError, argparse.ArgumentTypeError):
+        expected = "empirical, fixed, none, or a box h0,w0,top,left,h,w,flip"
+        raise argparse.ArgumentTypeError(f"{text}: expected {expected}") from None
     return numbers
 
 
@@ -466,7 +462,7 @@ def parse_args(argv=None):
     add("--num", "--num-images", type=number(int, 1, 2**31), default=100, help="number of images")
     add("--out", type=Path, help="ADM .npz: arr_0 uint8 [N, H, W, 3], arr_1 labels, protocol")
     add("--grid", type=Path, help="PNG with all images; a column per class where labels are balanced")
-    add("--labels", default="random", help="random, balanced, or classes by name or index: 207,360")
+    add("--labels", default="random", help="random, balanced, or classes: names without a comma, or indices")
     add("--sampler", choices=["ode", "heun", "sde", "edm"], help="default: ode (Euler), edm for SD-DiT")
     add("--steps", type=number(int, 1, 10**6), help="default: 50, edm 40; REPA's numbers need sde with 250")
     add("--cfg", type=number(float, 1), default=1.0, help="guidance scale; no guidance at 1")
@@ -498,12 +494,14 @@ def parse_args(argv=None):
 
 
 def class_indices(text, classes):
-    """--labels: random, balanced, or the indices of classes given by name or index (names with commas: index)."""
+    """--labels: random, balanced, or the indices of classes given by name or index; a name is tried first."""
+    if text in ("random", "balanced"):
+        return text
     known = {str(i): i for i in range(len(classes))} | {name: i for i, name in enumerate(classes)}
-    for name in text.split(",") if text not in ("random", "balanced") else []:
-        if name not in known:
-            raise ValueError(f"--labels {name}: neither one of the classes nor of 0 to {len(classes) - 1}")
-    return text if text in ("random", "balanced") else [known[name] for name in text.split(",")]
+    unknown = [name for name in text.split(",") if name not in known]
+    if unknown:
+        raise ValueError(f"--labels {unknown[0]}: neither one of the classes nor of 0 to {len(classes) - 1}")
+    return [known[name] for name in text.split(",")]
 
 
 def prepare(args, device):
@@ -515,8 +513,7 @@ def prepare(args, device):
     if args.guide:
         guide, theirs = load_model(args.guide, args.weights, device, args.official)
         keys = ("input_size", "in_channels", "num_classes")
-        theirs = theirs["config"]
-        different = [f"its {key} is {theirs[key]}" for key in keys if theirs[key] != config[key]]
+        different = [f"another {key}" for key in keys if theirs["config"][key] != config[key]]
         if any(isinstance(model, kind) != isinstance(guide, kind) for kind in (dit.SDDiT, NoiseDiT)):
             different.append("the other kind of model")
         if different:
@@ -544,15 +541,17 @@ def prepare(args, device):
 
 def describe(args, model, checkpoint):
     """The protocol: everything that the images depend on."""
-    names = "sampler steps cfg interval control control_cfg labels seed weights vae"
-    return {name: getattr(args, name) for name in names.split()} | dict(
+    names = "sampler steps cfg interval control control_cfg labels seed weights vae".split()
+    _, times = choose_sampler(model, args.sampler, args.steps)
+    guide, ema = args.guide and file_hash(args.guide), checkpoint["args"].get("ema")
+    return {name: getattr(args, name) for name in names} | dict(
         count=args.num,
-        guide=args.guide and file_hash(args.guide),
-        first_noise_level=round(choose_sampler(model, args.sampler, args.steps)[1][0].item(), 4),
+        first_noise_level=round(times[0].item(), 4),
         time_shift=model.time_shift,
+        guide=guide,
         checkpoint=file_hash(args.checkpoint),
         train_step=checkpoint["step"],
-        ema=checkpoint["args"].get("ema"),
+        ema=ema,
         image_size=checkpoint["data"]["image_size"],
         precision=f"{args.precision}, state fp64",
         rounding="nearest",
@@ -626,8 +625,8 @@ def main(argv=None):
     try:
         sample_images(args)
     except (ValueError, OSError) as error:
-        file = "" if getattr(error, "filename", True) else f"{args.out or args.grid}: "  # a full disk names none
-        sys.exit(f"sample.py: {file}{error}")
+        where = "" if getattr(error, "filename", True) else f"{args.out or args.grid}: "  # of a full disk
+        sys.exit(f"sample.py: {where}{error}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import train_repa
 
 @pytest.fixture
 def vae(monkeypatch, tmp_path):
-    """A file of weights for the autoencoder, which here has few channels and shows three of the latent's four."""
+    """A file of weights for the autoencoder, which here has few channels and shows three of a latent's."""
     small = functools.partialmethod(ef.AutoencoderKL.__init__, (32, 32))
     monkeypatch.setattr(ef.AutoencoderKL, "__init__", small)
     monkeypatch.setattr(ef.AutoencoderKL, "decode", lambda self, z: z[:, :3].repeat(1, 1, 8, 8))
@@ -67,7 +67,7 @@ def linear_schedule():
 
 
 def test_repa_file(official, tmp_path):
-    """REPA's last.pt: a bare state dict with projectors; older files call the deeper blocks decoder_blocks."""
+    """REPA's last.pt: a bare state dict with projectors; old files call the deeper blocks decoder_blocks."""
     model, state = official
     legacy = {}
     for name, value in state.items():

@@ -20,7 +20,7 @@ from extract_features import ArrayFile, CachedFeatures
 def checkpoint(cache, tmp_path_factory):
     """A random model for the small cache, saved as a training script saves it."""
     torch.manual_seed(0)
-    config = dict(arch="DiT", input_size=8, in_channels=3, num_classes=3, **dit.parse_model("nano/2") | {"depth": 2})
+    config = dict(arch="DiT", input_size=8, in_channels=3, num_classes=3) | dit.parse_model("nano/2") | {"depth": 2}
     model = dit.build(config)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -28,8 +28,8 @@ def checkpoint(cache, tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "last.pt"
     raw = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
     meta = CachedFeatures(cache).meta
-    content = dict(model=raw, ema=model.state_dict(), heads={}, opt={}, step=7, args={"ema": 0.99}, config=config)
-    torch.save(content | {"data": meta}, path)
+    content = dict(model=raw, ema=model.state_dict(), heads={}, opt={}, step=7, args={"ema": 0.99})
+    torch.save(content | {"config": config, "data": meta}, path)
     return path
 
 
@@ -54,14 +54,15 @@ def test_samplers_recover_a_gaussian(sampler):
     if sampler == "sde":
         x = sample.flow_sde(velocity, start, sample.sde_times(250), lambda: torch.randn(start.shape))
     else:
-        x = sample.flow_ode(velocity, start, sample.ode_times(250 if sampler == "ode" else 40), heun=sampler == "heun")
+        times = sample.ode_times(250 if sampler == "ode" else 40)
+        x = sample.flow_ode(velocity, start, times, heun=sampler == "heun")
     assert x.dtype == torch.float64
     assert x.mean().item() == pytest.approx(0.7, abs=0.004)
     assert x.std().item() == pytest.approx(0.8, abs=0.008)
 
 
 def test_ode_order_of_convergence():
-    """Halving the step divides the error of Euler by 2 and of Heun by 4; the exact map is x -> mean + std x."""
+    """Halving the step divides the error of Euler by 2, of Heun by 4; the exact map is x -> mean + std x."""
     start, velocity = torch.linspace(-2, 2, 9).double(), gaussian_velocity(0.5, 0.5)
     for heun, order in ((False, 1), (True, 2)):
         errors = []
@@ -72,7 +73,7 @@ def test_ode_order_of_convergence():
 
 
 def test_sde_is_the_general_form():
-    """One trajectory of x' = x + (v - t s) dt + sqrt(2 t |dt|) eps, with the score of the general path (SiT)."""
+    """One trajectory of x' = x + (v - t s) dt + sqrt(2 t |dt|) eps, with the score of a general path (SiT)."""
     rng = np.random.default_rng(0)
     steps, x = 250, rng.standard_normal(5)
     noise = rng.standard_normal((steps - 1, 5))
@@ -180,7 +181,8 @@ def test_guide_has_control():
             return super().forward(x, t, y, control)
 
     control, x = torch.tensor([[2.0] * 7]), torch.zeros(1, 4, 2, 2)
-    guided = sample.guided(Recorder(), torch.tensor([1]), scale=3.0, guide=Guide(offset=-0.5), control=control)
+    guide = Guide(offset=-0.5)
+    guided = sample.guided(Recorder(), torch.tensor([1]), scale=3.0, guide=guide, control=control)
     assert guided(x, 0.5)[0, 0, 0, 0].item() == 21 + 3 * (21.5 - 21) and torch.equal(seen[0], control)
 
 
@@ -194,14 +196,15 @@ def test_control_of_image_i_is_its_own(tmp_path):
         torch.nn.init.normal_(parameter, std=0.2)
     data = dict(vae="none", latent_scale=1.0, latent_shift=0.0, image_size=8, classes=["0", "1", "2"])
     table = torch.randint(1, 4000, (3, 50, 7))
-    state = dict(model=model.state_dict(), ema=model.state_dict(), config=config, data=data, step=0, args={"ema": 0.9})
-    torch.save(state | {"control": table}, tmp_path / "last.pt")
+    state = dict(model=model.state_dict(), ema=model.state_dict(), config=config, data=data, control=table)
+    torch.save(state | {"step": 0, "args": {"ema": 0.9}}, tmp_path / "last.pt")
     for batch in (2, 16):
         options = f"--num 9 --steps 3 --batch-size {batch} --out {tmp_path / str(batch)}.npz"
         sample.main([str(tmp_path / "last.pt"), *options.split()])
     (a, _, protocol), (b, _, _) = load(tmp_path / "2.npz"), load(tmp_path / "16.npz")
     assert np.abs(a.astype(int) - b).max() <= 1 and a.std() > 5 and protocol["control"] == "empirical"
-    sample.main([str(tmp_path / "last.pt"), *options.split()[:-1], str(tmp_path / "none.npz"), "--control", "none"])
+    options = [*options.split()[:-1], str(tmp_path / "none.npz"), "--control", "none"]
+    sample.main([str(tmp_path / "last.pt"), *options])
     assert (load(tmp_path / "none.npz")[0] != b).mean() > 0.1, "the control matters"
 
 
@@ -213,7 +216,8 @@ def test_choose_control():
         return sample.choose_control(kind, table, y, indices, seed)
 
     drawn = rows("empirical")
-    assert all((drawn[i] == table[label]).all(1).any() for i, label in enumerate(y.tolist())), "rows of the own class"
+    own = [(drawn[i] == table[label]).all(1).any() for i, label in enumerate(y.tolist())]
+    assert all(own), "rows of the own class"
     assert torch.equal(sample.choose_control("empirical", table, y[1:2], [9], 0), drawn[1:2])
     assert not torch.equal(rows("empirical", seed=1), drawn)
     assert rows("fixed").tolist() == 4 * [[512, 512, 0, 0, 512, 512, 0]]
@@ -229,7 +233,8 @@ def test_time_shift_reaches_every_sampler():
         seen.append(t[0].item())
         return torch.zeros_like(x)
 
-    options = dict(input_size=4, patch_size=2, in_channels=3, hidden_size=16, depth=2, num_heads=2, time_shift=2.0)
+    options = dict(input_size=4, patch_size=2, in_channels=3, hidden_size=16, depth=2, num_heads=2)
+    options["time_shift"] = 2.0
     for sampler, plain in (("ode", [1, 0.75, 0.5, 0.25]), ("sde", [1, 0.68, 0.36, 0.04])):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(dit.DiT, "forward", spy)
@@ -355,7 +360,8 @@ def test_precision_and_compile(checkpoint, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.nn.Module, "compile", eagerly)
     images = {}
-    for name, options in (("fp32", ["--no-compile"]), ("compiled", ["--compile"]), ("bf16", ["--precision", "bf16"])):
+    commands = {"fp32": ["--no-compile"], "compiled": ["--compile"], "bf16": ["--precision", "bf16"]}
+    for name, options in commands.items():
         out = str(tmp_path / f"{name}.npz")
         sample.main([str(checkpoint), "--num", "3", "--steps", "3", "--out", out, *options])
         images[name], _, protocol = load(tmp_path / f"{name}.npz")
@@ -368,7 +374,8 @@ def test_precision_and_compile(checkpoint, tmp_path, monkeypatch):
 
 
 def test_a_bar_in_a_log_file_is_short(checkpoint, tmp_path, capsys):
-    sample.main([str(checkpoint), *"--num 200 --steps 1 --batch-size 1 --out".split(), str(tmp_path / "a.npz")])
+    options = ["--num", "200", "--steps", "1", "--batch-size", "1", "--out", str(tmp_path / "a.npz")]
+    sample.main([str(checkpoint), *options])
     assert 1 <= capsys.readouterr().err.count("img") <= 4
 
 
@@ -417,7 +424,7 @@ DAMAGE = {
     "a word as weight": (lambda c: c["model"].update({"pos_embed": "x"}), "pos_embed"),
     "NaN": (lambda c: c["ema"]["pos_embed"][0, 3].__setitem__(5, torch.nan), "ema: pos_embed"),
     "inf": (lambda c: c["model"]["pos_embed"][0, 3].__setitem__(5, torch.inf), "model: pos_embed"),
-    "virtual weights": (lambda c: c["ema"].update(pos_embed=torch.zeros(1, 1, 1).expand(1, 16, 128)), "pos_embed"),
+    "weights of no bytes": (lambda c: c["ema"].update(pos_embed=torch.zeros(1).expand(1, 16, 128)), "pos_embed"),
     "no classes": (lambda c: c["data"].__delitem__("classes"), "classes"),
     "classes": (lambda c: c["data"].update(classes=["a", "b"]), "classes"),
     "classes numbers": (lambda c: c["data"].update(classes=[0, 1, 2]), "classes"),
@@ -453,13 +460,14 @@ def test_files_that_are_no_checkpoints(checkpoint, tmp_path):
     for name in ("text.pt", "empty.pt", "half.pt", "array.pt.npz"):
         with pytest.raises(ValueError, match=f"{name}: not a readable checkpoint"):
             sample.read_checkpoint(tmp_path / name)
-    for path in (tmp_path, tmp_path / "nothing.pt", tmp_path / "text.pt" / "x.pt", "/dev/null", "x" * 5000, "a\0b"):
+    missing = [tmp_path, tmp_path / "nothing.pt", tmp_path / "text.pt" / "x.pt", "/dev/null", "x" * 5000, "a\0b"]
+    for path in missing:
         with pytest.raises(ValueError, match="no such checkpoint"):
             sample.read_checkpoint(path)
 
 
 def test_flipped_bytes(checkpoint, tmp_path):
-    """Each flip outside the weights is refused in one line or harmless; none escapes as another error or hangs."""
+    """A flip outside the weights is refused in one line or harmless: no other error, no hang."""
     whole, rng = bytearray(checkpoint.read_bytes()), np.random.default_rng(0)
     places = np.concatenate([np.arange(8000), np.arange(len(whole) - 6000, len(whole))])
     refused = 0
@@ -492,7 +500,7 @@ def test_writing_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_full_disk(checkpoint, tmp_path, monkeypatch):
-    """One line that names the file; nothing half-written has its name, and the same command finishes the work."""
+    """One line that names the file; nothing half-written has its name; the same command finishes the work."""
     options = [str(checkpoint), "--num", "4", "--steps", "1", "--batch-size", "2", "--out"]
     with pytest.raises(SystemExit, match="sample.py: .*/dev/full"):
         sample.main([*options, "/dev/full/x.npz"])
@@ -559,7 +567,7 @@ def test_bad_input(checkpoint, tmp_path):
     assert "foreign.pt" in complain(tmp_path / "foreign.pt")
     assert "--labels 3: " in complain(checkpoint, "--labels", "2,3")
     assert "--labels cat: " in complain(checkpoint, "--labels", "cat")
-    for flag, value in (("batch-size", 0), ("seed", -1), ("cfg", 0.5), ("cfg", "nan"), ("control-cfg", "nan")):
+    for flag, value in (("batch-size", 0), ("seed", -1), ("cfg", 0.5), ("cfg", "nan"), ("control-cfg", "inf")):
         assert f"--{flag}: {value}" in complain(checkpoint, f"--{flag}", value)
     assert "--steps: 0" in complain(checkpoint, "--steps", 0)
     assert "--num/--num-images: 0" in complain(checkpoint, "--num", 0)
