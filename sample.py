@@ -164,7 +164,8 @@ def replace_file(path, write):
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-        sys.exit(f"cannot write {path} ({error}); free some space and run the same command again")
+        reason = " ".join(str(error).split())[:200]
+        sys.exit(f"cannot write {path} ({reason}); free some space and run the same command again")
 
 
 def write_checkpoint(path, checkpoint):
@@ -175,9 +176,10 @@ def write_checkpoint(path, checkpoint):
 class NoiseDiT(dit.DiT):
     """DiT's own networks (arXiv 2212.09748) as velocity models: they predict eps in alpha x + sigma eps.
 
-    This x_vp is the flow's x_t = x_vp / (alpha + sigma) at t = sigma / (alpha + sigma), and so
+    Call that x_vp. It is the flow's x_t = x_vp / (alpha + sigma) at t = sigma / (alpha + sigma), so that
     v = eps - x = eps - (x_vp - sigma eps) / alpha = (eps - x_t) / (1 - t). Sampling starts at `first_time`,
     the largest t of their schedule; below the smallest, 0.0099, the timestep stays 0.
+    official code: 250 ancestral steps in x_vp, learned variances / here: the flow's samplers, no variances.
     """
 
     def __init__(self, **options):
@@ -190,9 +192,9 @@ class NoiseDiT(dit.DiT):
     def forward(self, x, t, y, drop=None, control=None):
         """Velocity of x [N, C, H, W] at times t [N], 0 < t <= first_time, for the classes y [N]."""
         log_snr = 2 * torch.log((1 - t) / t).cpu().numpy()
-        timestep = np.interp(-log_snr, -self.log_snr, np.arange(1000))            # of rising numbers
+        timestep = np.interp(-log_snr, -self.log_snr, np.arange(1000))            # (N,)
         t = t.view(-1, 1, 1, 1)
-        x_vp = x / torch.hypot(1 - t, t)                                          # = 1 / (alpha + sigma)
+        x_vp = x / torch.hypot(1 - t, t)                                          # (alpha + sigma) x
         return (super().forward(x_vp, torch.from_numpy(timestep).to(x), y, drop) - x) / (1 - t)
 
 
@@ -258,7 +260,7 @@ def prove(checkpoint, resume=False):
         if not isinstance(checkpoint.get(key), kind):
             raise ValueError(f"{key} is missing or of a wrong type")
     config, ema, data = checkpoint["config"], checkpoint["ema"], checkpoint["data"]
-    # a damaged size must not be built, for it could take all memory: no size is larger than the weights
+    # sizes are checked against the weights before anything is built: a damaged one could take all memory
     largest = max(side for value in ema.values() for side in value.shape)
     for key, value in config.items():
         if isinstance(value, int) and value > (len(ema) if key.endswith("depth") else largest):
@@ -272,7 +274,7 @@ def prove(checkpoint, resume=False):
         model.load_state_dict(checkpoint[part], assign=True)  # raises for other names or shapes
         for name, value in checkpoint[part].items():
             if value.nbytes > value.untyped_storage().nbytes() or not value.isfinite().all():
-                raise ValueError(f"{part}: {name} is not finite")
+                raise ValueError(f"{part}: {name} is not whole and finite")
     classes, control = config["num_classes"], checkpoint.get("control")
     sound = dict(
         step=(checkpoint["step"] or 0) >= 0,
@@ -333,7 +335,7 @@ def image_generators(seed, indices):
 def choose_labels(labels, indices, num_classes, seed):
     """Class of each image index: int64 [n]. "random", "balanced" (index modulo classes) or a list."""
     if labels == "random":
-        # a stream of its own: the noise of image i is the same whatever its label
+        # a stream of its own: the noise of image i does not depend on its label
         draws = [np.random.default_rng([seed, int(i), 1]).integers(num_classes) for i in indices]
         return torch.tensor(draws, dtype=torch.int64)
     choices = range(num_classes) if labels == "balanced" else labels
@@ -475,8 +477,9 @@ def parse_args(argv=None):
     add("--vae", help="default: that of the cache; REPA's numbers need stabilityai/sd-vae-ft-ema")
     add("--seed", type=number(int, 0), default=0, help="image i follows from the seed and i")
     add("--batch-size", type=number(int, 1), default=64, help="images at once, per process")
-    add("--precision", choices=["fp32", "bf16"], default="bf16" if cuda else "fp32", help="of the network")
-    add("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="compile the network's blocks")
+    precision = "bf16" if cuda else "fp32"
+    add("--precision", choices=["fp32", "bf16"], default=precision, help="of the network; default: bf16 on CUDA")
+    add("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="default: on CUDA")
     args = parser.parse_args(argv)
     if not (args.out or args.grid):
         parser.error("nothing to write: give --out samples.npz, --grid grid.png, or both")
@@ -508,6 +511,8 @@ def prepare(args, device):
     """Model, guide or None, autoencoder and checkpoint, checked; completes `args`. ValueError if unfit."""
     if args.out and args.out.exists():
         raise ValueError(f"--out {args.out} exists; delete it or choose another name")
+    if args.grid and not args.grid.parent.is_dir():
+        raise ValueError(f"--grid {args.grid}: no such folder {args.grid.parent}")
     model, checkpoint = load_model(args.checkpoint, args.weights, device, args.official)
     config, data, guide = checkpoint["config"], checkpoint["data"], None
     if args.guide:
@@ -543,15 +548,14 @@ def describe(args, model, checkpoint):
     """The protocol: everything that the images depend on."""
     names = "sampler steps cfg interval control control_cfg labels seed weights vae".split()
     _, times = choose_sampler(model, args.sampler, args.steps)
-    guide, ema = args.guide and file_hash(args.guide), checkpoint["args"].get("ema")
     return {name: getattr(args, name) for name in names} | dict(
         count=args.num,
         first_noise_level=round(times[0].item(), 4),
         time_shift=model.time_shift,
-        guide=guide,
+        guide=args.guide and file_hash(args.guide),
         checkpoint=file_hash(args.checkpoint),
         train_step=checkpoint["step"],
-        ema=ema,
+        ema=checkpoint["args"].get("ema"),
         image_size=checkpoint["data"]["image_size"],
         precision=f"{args.precision}, state fp64",
         rounding="nearest",

@@ -20,7 +20,8 @@ from extract_features import ArrayFile, CachedFeatures
 def checkpoint(cache, tmp_path_factory):
     """A random model for the small cache, saved as a training script saves it."""
     torch.manual_seed(0)
-    config = dict(arch="DiT", input_size=8, in_channels=3, num_classes=3) | dit.parse_model("nano/2") | {"depth": 2}
+    config = dict(arch="DiT", input_size=8, in_channels=3, num_classes=3) | dit.parse_model("nano/2")
+    config["depth"] = 2
     model = dit.build(config)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -73,7 +74,7 @@ def test_ode_order_of_convergence():
 
 
 def test_sde_is_the_general_form():
-    """One trajectory of x' = x + (v - t s) dt + sqrt(2 t |dt|) eps, with the score of a general path (SiT)."""
+    """One trajectory of x' = x + (v - t s) dt + sqrt(2 t |dt|) eps, the score of a general path (SiT)."""
     rng = np.random.default_rng(0)
     steps, x = 250, rng.standard_normal(5)
     noise = rng.standard_normal((steps - 1, 5))
@@ -424,7 +425,7 @@ DAMAGE = {
     "a word as weight": (lambda c: c["model"].update({"pos_embed": "x"}), "pos_embed"),
     "NaN": (lambda c: c["ema"]["pos_embed"][0, 3].__setitem__(5, torch.nan), "ema: pos_embed"),
     "inf": (lambda c: c["model"]["pos_embed"][0, 3].__setitem__(5, torch.inf), "model: pos_embed"),
-    "weights of no bytes": (lambda c: c["ema"].update(pos_embed=torch.zeros(1).expand(1, 16, 128)), "pos_embed"),
+    "no bytes": (lambda c: c["ema"].update(pos_embed=torch.zeros(1).expand(1, 16, 128)), "ema: pos_embed"),
     "no classes": (lambda c: c["data"].__delitem__("classes"), "classes"),
     "classes": (lambda c: c["data"].update(classes=["a", "b"]), "classes"),
     "classes numbers": (lambda c: c["data"].update(classes=[0, 1, 2]), "classes"),
@@ -460,8 +461,7 @@ def test_files_that_are_no_checkpoints(checkpoint, tmp_path):
     for name in ("text.pt", "empty.pt", "half.pt", "array.pt.npz"):
         with pytest.raises(ValueError, match=f"{name}: not a readable checkpoint"):
             sample.read_checkpoint(tmp_path / name)
-    missing = [tmp_path, tmp_path / "nothing.pt", tmp_path / "text.pt" / "x.pt", "/dev/null", "x" * 5000, "a\0b"]
-    for path in missing:
+    for path in (tmp_path, tmp_path / "no.pt", tmp_path / "text.pt" / "x.pt", "/dev/null", "x" * 999, "a\0b"):
         with pytest.raises(ValueError, match="no such checkpoint"):
             sample.read_checkpoint(path)
 
@@ -493,6 +493,10 @@ def test_writing_leaves_the_old_file(tmp_path, monkeypatch):
     before = path.read_bytes()
     with pytest.raises(SystemExit, match="cannot write .*last.pt/x.pt"):
         sample.write_checkpoint(path / "x.pt", {"step": 2})
+    os.symlink("/dev/full", f"{path}.tmp")                                       # the real thing
+    with pytest.raises(SystemExit, match=f"cannot write {path} ") as error:
+        sample.write_checkpoint(path, {"step": torch.zeros(100_000)})
+    assert "\n" not in str(error.value)
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(SystemExit, match=f"cannot write {path} .*No space left"):
         sample.write_checkpoint(path, {"step": 2})
@@ -567,7 +571,7 @@ def test_bad_input(checkpoint, tmp_path):
     assert "foreign.pt" in complain(tmp_path / "foreign.pt")
     assert "--labels 3: " in complain(checkpoint, "--labels", "2,3")
     assert "--labels cat: " in complain(checkpoint, "--labels", "cat")
-    for flag, value in (("batch-size", 0), ("seed", -1), ("cfg", 0.5), ("cfg", "nan"), ("control-cfg", "inf")):
+    for flag, value in (("batch-size", 0), ("seed", -1), ("cfg", 0.5), ("cfg", "nan"), ("control-cfg", -1)):
         assert f"--{flag}: {value}" in complain(checkpoint, f"--{flag}", value)
     assert "--steps: 0" in complain(checkpoint, "--steps", 0)
     assert "--num/--num-images: 0" in complain(checkpoint, "--num", 0)
@@ -577,6 +581,7 @@ def test_bad_input(checkpoint, tmp_path):
     assert "there.npz/x.npz" in complain(checkpoint, out="there.npz/x.npz")
     assert (tmp_path / "there.npz").read_text() == "precious"
     assert "--grid x.pgn: must be a file that ends in .png" in complain(checkpoint, "--grid", "x.pgn")
+    assert "no such folder" in complain(checkpoint, "--grid", tmp_path / "nodir" / "x.png")
     assert "--interval 0.7 0: " in complain(checkpoint, "--cfg", "2", "--interval", "0.7", "0")
     assert "--interval has no effect without --cfg" in complain(checkpoint, "--interval", "0", "0.7")
     assert "--guide has no effect without --cfg" in complain(checkpoint, "--guide", checkpoint)
