@@ -478,7 +478,7 @@ def parse_args(argv=None):
     add("--seed", type=number(int, 0), default=0, help="image i follows from the seed and i")
     add("--batch-size", type=number(int, 1), default=64, help="images at once, per process")
     precision = "bf16" if cuda else "fp32"
-    add("--precision", choices=["fp32", "bf16"], default=precision, help="of the network; default: bf16 on CUDA")
+    add("--precision", choices=["fp32", "bf16"], default=precision, help="of the network; bf16 on CUDA")
     add("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="default: on CUDA")
     args = parser.parse_args(argv)
     if not (args.out or args.grid):
