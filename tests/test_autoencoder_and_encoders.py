@@ -1,8 +1,6 @@
 """Stable Diffusion's autoencoder, timm encoders, difficult images, checks of a cache, official checkpoints."""
 
-import argparse
 import functools
-import json
 from pathlib import Path
 
 import huggingface_hub
@@ -14,9 +12,7 @@ import torch
 from PIL import Image
 from seeded import fill, uniform
 
-import dit
 import extract_features as ef
-import sample
 import train_repa
 
 GOLDEN = np.load(Path(__file__).with_name("golden_vae.npz"))
@@ -326,91 +322,3 @@ def test_check_finds_damage(folder, tmp_path, capsys):
         file.truncate(500)
     with pytest.raises(SystemExit, match="targets.npy: unreadable"):
         ef.main(["--check", str(tmp_path / "out")])
-
-
-# --- official checkpoints
-
-
-@pytest.fixture
-def official(monkeypatch):
-    """A small model in our convention and its state dict; the size is known as `small`."""
-    monkeypatch.setitem(dit.SIZES, "small", (4, 32, 4))
-    torch.manual_seed(0)
-    model = dit.DiT(input_size=8, **dit.parse_model("small/2"), num_classes=7).eval()
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model, model.state_dict()
-
-
-def eight_channels(state, second):
-    """The final layer of DiT and SiT: 8 channels per position, channel index fastest."""
-    out = dict(state)
-    for kind, tail in (("weight", (32,)), ("bias", ())):
-        four = state[f"final_layer.linear.{kind}"].view(4, 4, *tail)
-        other = torch.full_like(four, second)
-        out[f"final_layer.linear.{kind}"] = torch.cat([four, other], dim=1).reshape(32, *tail)
-    return out
-
-
-def inputs():
-    torch.manual_seed(1)
-    return torch.randn(3, 4, 8, 8), torch.rand(3), torch.tensor([0, 3, 7])
-
-
-def test_repa_file(official, tmp_path):
-    """REPA's last.pt: a bare state dict with projectors; the older files call the deeper blocks decoder_blocks."""
-    model, state = official
-    state = {**state, "projectors.0.0.weight": torch.zeros(5, 32)}
-    legacy = {}
-    for name, value in state.items():
-        for i in (2, 3):
-            name = name.replace(f"blocks.{i}.", f"decoder_blocks.{i - 2}.")
-        legacy[name] = value
-    assert "decoder_blocks.1.mlp.fc1.weight" in legacy and "blocks.3.mlp.fc1.weight" not in legacy
-    arguments = {"args": argparse.Namespace(model="SiT-XL/2"), "steps": 400_000, "opt": {}}
-    for content in (state, legacy, {"model": state, "ema": state, **arguments}):
-        torch.save(content, tmp_path / "last.pt")
-        loaded, checkpoint = sample.load_model(tmp_path / "last.pt")
-        expected = dict(arch="DiT", input_size=8, num_classes=7, in_channels=4, **dit.parse_model("small/2"))
-        assert checkpoint["config"] == expected
-        assert torch.equal(loaded(*inputs()), model(*inputs()))
-
-
-def test_sit_file(official, tmp_path):
-    """v_REPA(x, t) = - v_SiT(x, 1 - t), from the first four of SiT's eight channels."""
-    model, state = official
-    torch.save(eight_channels(state, 0.0), tmp_path / "SiT.pt")
-    loaded, _ = sample.load_model(tmp_path / "SiT.pt")
-    x, t, y = inputs()
-    torch.testing.assert_close(loaded(x, t, y), -model(x, 1 - t, y), rtol=1e-4, atol=1e-4)
-
-
-def test_dit_and_foreign_files_are_refused(official, tmp_path):
-    for content, reason in (
-        (eight_channels(official[1], 0.1), "a DiT checkpoint: it predicts the noise"),
-        ({"layer.weight": torch.zeros(1)}, "neither a checkpoint of these training scripts nor of REPA or SiT"),
-        ({k: v for k, v in official[1].items() if "blocks.3" not in k}, "3 blocks of width 32 are none of the sizes"),
-    ):
-        torch.save(content, tmp_path / "file.pt")
-        with pytest.raises(ValueError, match=reason):
-            sample.load_model(tmp_path / "file.pt")
-
-
-def test_sample_and_init_from_an_official_file(official, tmp_path, small_vae, folder, capsys):
-    torch.save(official[1], tmp_path / "official.pt")
-    torch.save(small_vae.state_dict(), tmp_path / "vae.pt")
-    options = [str(tmp_path / "official.pt"), "--num", "2", "--steps", "2", "--vae", str(tmp_path / "vae.pt")]
-    sample.main([*options, "--model", "small/2", "--out", str(tmp_path / "out.npz")])
-    with np.load(tmp_path / "out.npz") as file:
-        assert file["arr_0"].shape == (2, 64, 64, 3) and json.loads(str(file["protocol"]))["image_size"] == 64
-    with pytest.raises(SystemExit, match="--model B/2: the checkpoint has 4 blocks of width 32, patch 2"):
-        sample.main([*options, "--model", "B/2", "--out", str(tmp_path / "other.npz")])
-    extract(folder, tmp_path / "cache", "--vae", "none", "--encoder", "none")
-    run = "--model small/2 --steps 1 --batch-size 4 --repa-weight 0 --sample-every 0 --workers 0 --lr 0".split()
-    names = ["--data", tmp_path / "cache", "--out", tmp_path / "run", "--init", tmp_path / "official.pt"]
-    train_repa.main([*map(str, names), *run])
-    shown = "final_layer, x_embedder, y_embedder; unused: final_layer, x_embedder, y_embedder; time shift 1"
-    assert f"new: {shown}" in capsys.readouterr().out
-    weights = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
-    assert torch.equal(weights["blocks.3.mlp.fc1.weight"], official[1]["blocks.3.mlp.fc1.weight"])
