@@ -4,8 +4,8 @@
         --out features/digits
     torchrun --nproc_per_node=8 extract_features.py --data imagenet/train --out features/imagenet256
 
---data is a folder of class folders (class/*.jpg, png, webp), a .zip of one, or an ADM-layout .npz (arr_0 uint8
-NHWC, arr_1 labels). Any number of processes share the work. After a kill, the same command continues.
+--data is a folder of class folders (class/*.jpg, png, webp), a .zip of one, or an ADM .npz (arr_0 uint8 NHWC,
+arr_1 labels). Any number of processes share the work. After a kill, the same command continues.
 
 The cache (--out), read back by `CachedFeatures`:
     moments.npy  [N, V, 2C, h, w] float16    mean, then standard deviation (not log variance) of the latent
@@ -13,15 +13,14 @@ The cache (--out), read back by `CachedFeatures`:
     labels.npy   [N] int64                   index of the sorted class name; -1: unreadable, skipped
     control.npy  [N, V, 7] int32             h0, w0, top, left, h, w, flip: the part of the image in the view
     meta.json                                what made the cache, and whether it is complete
-N images, V views: the centre crop; with --flip its mirror image (encoded: a mirrored latent is not the latent of
-the mirror image); with --crops K, K random squares. Targets and control are those of the view.
+N images, V views: the centre crop; with --flip its mirror image (which is encoded: mirroring the latent would
+not do); with --crops K, K random squares. Targets and control are those of the view.
 
 REPA's encoders and timm's names. MAE and CLIP give their tokens before the final norm, the others after it:
-    dinov2-vit-b  vit_base_patch14_dinov2.lvd142m  dinov2reg-vit-b  vit_base_patch14_reg4_dinov2.lvd142m
-    dinov1-vit-b  vit_base_patch16_224.dino        jepa-vit-h       vit_huge_patch14_gap_224.in1k_ijepa
-    mae-vit-l     vit_large_patch16_224.mae        clip-vit-L       vit_large_patch14_clip_quickgelu_224.openai
-    mocov3-vit-b  vit_base_patch16_224 with --encoder-weights: MoCo v3's checkpoint as released
-    (not in REPA's code)  vit_large_patch16_siglip_256.webli
+    dinov2-vit-b  vit_base_patch14_dinov2.lvd142m     dinov2reg-vit-b  vit_base_patch14_reg4_dinov2.lvd142m
+    dinov1-vit-b  vit_base_patch16_224.dino           mae-vit-l        vit_large_patch16_224.mae
+    jepa-vit-h    vit_huge_patch14_gap_224.in1k_ijepa clip-vit-L  vit_large_patch14_clip_quickgelu_224.openai
+MoCo v3 is not in timm. SigLIP (vit_large_patch16_siglip_256.webli) is not in REPA's code.
 """
 
 import argparse
@@ -105,10 +104,7 @@ def reading(what, remedy):
 
 
 def lock_folder(folder):
-    """Create the folder and lock it against a second process, until the result is closed or this process ends.
-
-    ValueError if another process holds the lock.
-    """
+    """Create the folder and lock it until the result is closed or this process ends. ValueError if locked."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "w")
     try:
@@ -122,11 +118,11 @@ def lock_folder(folder):
 
 
 def start_folder(folder, file, description, arrays, parts, ignore=(), copies=1):
-    """Create a folder of empty arrays to be filled part by part, or check that the one there is of this command.
+    """Create a folder of empty arrays to be filled part by part, or check the one that is there.
 
     folder/file: `description` as JSON; arrays: name -> dict(shape, dtype); progress.npy: a flag for each of
-    `parts`, made last. ignore: keys of the description that may differ. copies: how often the disk must hold all.
-    Returns the folder's lock. ValueError if the folder holds something else or is damaged, or the disk is full.
+    `parts`, made last. ignore: keys of the description that may differ. copies: how often the disk must hold
+    all. Returns the folder's lock. ValueError if the folder is foreign or damaged, or the disk too small.
     """
     if folder.exists() and not (folder / file).exists():
         foreign = {path.name for path in folder.iterdir()} - {".lock", Path(file).with_suffix(".tmp").name}
@@ -180,8 +176,8 @@ def open_array(path, shape, dtype):
 
 
 class ArrayFile:
-    """Rows of an .npy file written in place with ordinary writes: they raise when the disk is full (a memory map
-    would kill the process) and do not touch the rows that other nodes write."""
+    """Rows of an .npy file written in place with ordinary writes: they raise when the disk is full (a memory
+    map would kill the process) and do not touch the rows that other nodes write."""
 
     def __init__(self, path):
         array = open_memmap(path, mode="r")
@@ -201,16 +197,15 @@ class ArrayFile:
 
 # ---- images
 class Images:
-    """A folder of class folders, a .zip of one, or an ADM .npz: `images[i]` is an RGB PIL image, `labels[i]` its
-    class, `classes` their names.
+    """A folder of class folders, a .zip of one, or an ADM .npz; `limit`: only so many images, evenly spread.
 
-    Files are class/file, sorted by path; a folder around everything in a .zip is left off. Hidden files do not
-    count. The classes of an .npz are the numbers up to the largest label, from 100,000 on only those that occur.
+    `images[i]` is an RGB PIL image, `labels[i]` its class, `classes` the names. Files are class/file, sorted
+    by path; a folder around everything in a .zip is left off; hidden files do not count. The classes of an
+    .npz are the numbers up to the largest label or, if that is 100,000 or more, the labels that occur.
     ValueError for a source without usable images, and from `images[i]` for an unreadable one, which it names.
     """
 
     def __init__(self, source, limit=None):
-        """`limit`: only so many images, evenly spread."""
         self.source, self.file = Path(source), None
         if not (self.source.is_file() or self.source.is_dir()):
             raise ValueError(f"--data {source}: no such file or folder")
@@ -226,8 +221,8 @@ class Images:
             self.labels = self.labels[self.rows]
 
     def _read_header(self):
-        remedy = "it needs arr_0, uint8 [N, H, W, 3] in C order, and arr_1, N class indices >= 0"
-        with reading(f"--data {self.source}: not an ADM .npz", remedy), zipfile.ZipFile(self.source) as archive:
+        expected = "it needs arr_0, uint8 [N, H, W, 3] in C order, and arr_1, N class indices >= 0"
+        with reading(f"--data {self.source}: no ADM .npz", expected), zipfile.ZipFile(self.source) as archive:
             damaged = archive.testzip()  # here, because rows are read one by one
             if damaged:
                 raise ValueError(f"wrong checksum of {damaged}")
@@ -253,8 +248,8 @@ class Images:
             names = [f"{path.name}/" if path.is_dir() else path.name for path in self.source.iterdir()]
             names += [path.relative_to(self.source).as_posix() for path in self.source.glob("*/**/*")]
         else:
-            what, remedy = f"--data {self.source}: not a .zip", "expected a folder of class folders or a .zip of one"
-            with reading(what, remedy), zipfile.ZipFile(self.source) as archive:
+            expected = "expected a folder of class folders, a .zip of one, or an ADM .npz"
+            with reading(f"--data {self.source}: no .zip", expected), zipfile.ZipFile(self.source) as archive:
                 names = archive.namelist()
                 if outside := [name for name in names if name.startswith("/") or ".." in name.split("/")]:
                     raise ValueError(f"{outside[0]} points out of it")
@@ -269,9 +264,10 @@ class Images:
             raise ValueError(f"--data {self.source}: {example} lies deeper than class/file; {remedy}")
         self.prefix = posixpath.join(root, "")
         names = [name.removeprefix(self.prefix) for name in names if name.startswith(self.prefix)]
-        self.paths = sorted((name.removeprefix(self.prefix) for name in above), key=lambda name: name.split("/"))
+        self.paths = [name.removeprefix(self.prefix) for name in above]
+        self.paths.sort(key=lambda path: path.split("/"))
         if loose := [name for name in self.paths if "/" not in name]:
-            raise ValueError(f"--data {self.source}: {loose[0]} lies outside the class folders; put it into one")
+            raise ValueError(f"--data {self.source}: {loose[0]} lies outside the class folders; move it")
         folders = [name.split("/")[0] for name in self.paths]
         self.classes = sorted(set(folders))
         empty = sorted({name.split("/")[0] for name in names if "/" in name}.difference(folders))
@@ -290,7 +286,7 @@ class Images:
         remedy = "repair or remove it, or pass --skip-bad"
         with reading(f"--data {self.source}: cannot read image {name}", remedy):
             image = self._open(i).convert("RGB")
-            if max(image.size) >= 200 * min(image.size):  # scaled to a short side of 256, it would fill the memory
+            if max(image.size) >= 200 * min(image.size):  # scaled, it would fill the memory
                 raise ValueError(f"{image.width} x {image.height} pixels")
             return image
 
@@ -304,7 +300,7 @@ class Images:
             member = self.file.getinfo(self.prefix + self.paths[i])
             if member.file_size > 2**28:
                 raise ValueError(f"{member.file_size} bytes")
-            return Image.open(io.BytesIO(self.file.read(member)))  # whole, because its end checks the checksum
+            return Image.open(io.BytesIO(self.file.read(member)))  # its end checks the checksum
         self.file.seek(self.start + int(i) * math.prod(self.shape[1:]))
         pixels = np.frombuffer(self.file.read(math.prod(self.shape[1:])), np.uint8)
         return Image.fromarray(pixels.reshape(self.shape[1:]))
@@ -313,7 +309,7 @@ class Images:
 def center_crop(image, size):
     """ADM's preprocessing: the centred `size` x `size` square of a PIL image (arXiv 2105.05233).
 
-    Halve with BOX while the short side is at least 2 size, scale it to `size` with BICUBIC, cut out the centre.
+    Halve with BOX while the short side is at least 2 size, scale it to `size` with BICUBIC, crop.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -326,8 +322,8 @@ def center_crop(image, size):
 def image_views(image, size, flip, crops, rng):
     """The views of a PIL image as uint8 [V, 3, size, size], and their rows of control.npy: int32 [V, 7].
 
-    Random squares have 0.4 to 1 times the area of the centred one (arXiv 2411.03177; 0.4 is ours); with `flip`,
-    half of them are mirrored. Boxes are in pixels of the image before it is mirrored.
+    Random squares have 0.4 to 1 times the area of the centred one (arXiv 2411.03177; 0.4 is ours); with
+    `flip`, half of them are mirrored. Boxes are in pixels of the image before it is mirrored.
     """
     (w0, h0), short = image.size, min(image.size)
     center = center_crop(image, size), ((h0 - short) // 2, (w0 - short) // 2, short)
@@ -393,7 +389,7 @@ class MiddleBlock(nn.Module):
 
 
 def coder(c_in, c_out, channels, up):
-    """The encoder or, with `up`, the decoder: convolution, stages (the middle one last or first), convolution."""
+    """The encoder or, with `up`, the decoder. Modules are named as in diffusers."""
     widths, blocks, name = (channels[::-1], 3, "upsamplers") if up else (channels, 2, "downsamplers")
     stages = nn.Sequential()
     for i, (before, c) in enumerate(pairwise([widths[0], *widths])):
@@ -409,13 +405,13 @@ def coder(c_in, c_out, channels, up):
     layers = OrderedDict(conv_in=nn.Conv2d(c_in, widths[0], 3, padding=1), **stages)
     layers["conv_norm_out"], layers["act"] = nn.GroupNorm(32, widths[-1], eps=1e-6), nn.SiLU()
     layers["conv_out"] = nn.Conv2d(widths[-1], c_out, 3, padding=1)
-    return nn.Sequential(layers)  # with diffusers' names
+    return nn.Sequential(layers)
 
 
 class AutoencoderKL(nn.Module):
-    """Stable Diffusion's autoencoder (arXiv 2112.10752): images of sides divisible by 8 <-> latents of 4 channels.
+    """Stable Diffusion's autoencoder (arXiv 2112.10752): images <-> latents of 4 channels, 1/8 of the side.
 
-    Names of weights are diffusers'. sd-vae-ft-mse and sd-vae-ft-ema have the same encoder.
+    sd-vae-ft-mse and sd-vae-ft-ema have the same encoder and different decoders.
     """
 
     channels, downsampling, scale, shift = 4, 8, 0.18215, 0.0
@@ -465,7 +461,7 @@ def check_hub():
 def load_autoencoder(name, device="cpu"):
     """`name`: none, a hub repository, or a local folder or file with Stable Diffusion's autoencoder.
 
-    The result has `channels, downsampling, scale, shift, encode, decode`; a model sees (latent - shift) * scale.
+    The result has channels, downsampling, scale, shift, encode, decode; models see (latent - shift) * scale.
     ValueError if the weights cannot be had or are of another architecture.
     """
     if name == "none":
@@ -480,7 +476,7 @@ def load_autoencoder(name, device="cpu"):
             path = huggingface_hub.hf_hub_download(name, file)
     weights, state, autoencoder = read_weights(path), {}, AutoencoderKL()
     renamed = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # in older files
-    with reading(f"--vae {name}: weights of another architecture", "pass those of Stable Diffusion's autoencoder"):
+    with reading(f"--vae {name}: weights of another architecture", "pass those of an SD autoencoder"):
         for key, value in weights.items():
             for old, new in renamed.items():
                 key = key.replace(f"attentions.0.{old}.", f"attentions.0.{new}.")
@@ -491,11 +487,11 @@ def load_autoencoder(name, device="cpu"):
 
 # ---- encoders: pixels -> one target vector per token
 class HOG:
-    """Histograms of oriented gradients (Dalal and Triggs, 2005), one vector for each cell of a grid x grid raster.
+    """Histograms of oriented gradients (Dalal and Triggs, 2005), one vector for each cell of a grid.
 
-    Classical spatial features are enough for part of REPA's gain (arXiv 2512.10794), need no weights, and suit
-    images of any size. A vector holds the histograms of the cell and of its eight neighbours, L2-normalised
-    together with a constant, so that a flat image gives a direction and not a zero vector.
+    Classical spatial features give part of REPA's gain (arXiv 2512.10794), need no weights and suit any image
+    size. A vector holds the histograms of the cell and of its eight neighbours, L2-normalised together with a
+    constant, so that a flat image gives a direction and not a zero vector.
     """
 
     bins, floor = 9, 0.02
@@ -522,38 +518,33 @@ class ViT:
     """Patch tokens of a frozen timm ViT on a grid x grid raster, as REPA takes them (arXiv 2410.06940).
 
     The image is normalised as in the encoder's training, then scaled to grid x patch pixels (bicubic, no
-    antialias); timm resamples the position table once (bicubic, antialias). Class and register tokens are dropped.
-    ValueError if weights cannot be had.
+    antialias); timm resamples the position table once (bicubic, antialias). Class and register tokens are
+    dropped. ValueError if weights cannot be had.
     """
 
     def __init__(self, name, grid, weights=None, device="cpu"):
         quick = name.replace("_clip_", "_clip_quickgelu_")
         if quick != name and quick in timm.list_models(pretrained=True):
-            raise ValueError(f"--encoder {name}: timm builds it with GELU, its training had QuickGELU; pass {quick}")
-        failed, remedy = f"--encoder {name}: its weights cannot be downloaded", "pass --encoder-weights FILE"
-        state, moco = {}, False
+            raise ValueError(f"--encoder {name}: these weights need QuickGELU; pass {quick}")
+        what, remedy = f"--encoder {name}: not a ViT that timm knows", "see timm.list_models('vit*')"
+        with reading(what, remedy), torch.device("meta"):
+            patch = timm.create_model(name).patch_embed.patch_size[0]
+        options = dict(num_classes=0, img_size=grid * patch)
         if weights:
-            failed, remedy = f"--encoder-weights {weights}: not weights of {name}", "pass those"
-            state, moco = rename_moco(read_weights(weights))
+            options["pretrained_cfg_overlay"] = {"state_dict": read_weights(weights)}
+            failure = f"--encoder-weights {weights}: not weights of {name}", "pass those"
         else:
             check_hub()
-        what, expected = f"--encoder {name}: not a ViT that timm knows", "see timm.list_models('vit*')"
-        with reading(what, expected), torch.device("meta"):
-            patch = timm.create_model(name).patch_embed.patch_size[0]
-        options = dict(num_classes=0, img_size=grid * patch, pretrained_cfg_overlay={"state_dict": state})
-        if moco and "small" in name:
-            options["num_heads"] = 12  # timm: 6
-        with reading(failed, remedy):
-            model = timm.create_model(name, pretrained=True, **options)
-        self.model = model.to(device).eval().requires_grad_(False)
-        self.side, self.widths, self.device = grid * patch, [model.embed_dim], torch.device(device)
-        self.norm = moco or not any(family in name for family in (".mae", "_clip_"))
-        config = timm.data.resolve_model_data_config(model)
-        if moco:
-            config |= dict(mean=timm.data.IMAGENET_DEFAULT_MEAN, std=timm.data.IMAGENET_DEFAULT_STD)
-        self.mean, self.std = (torch.tensor(config[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
-        with reading(what, expected):
-            self(torch.zeros(1, 3, 8, 8, dtype=torch.uint8, device=device)).view(grid**2, model.embed_dim)
+            failure = f"--encoder {name}: its weights cannot be downloaded", "pass --encoder-weights FILE"
+        with reading(*failure):
+            self.model = timm.create_model(name, pretrained=True, **options)
+        self.model.to(device).eval().requires_grad_(False)
+        self.side, self.widths, self.device = grid * patch, [self.model.embed_dim], torch.device(device)
+        self.norm = not any(family in name for family in (".mae", "_clip_"))
+        config = timm.data.resolve_model_data_config(self.model)
+        self.mean, self.std = (torch.tensor(config[k], device=device).view(3, 1, 1) for k in ("mean", "std"))
+        with reading(what, remedy):
+            self(torch.zeros(1, 3, 8, 8, dtype=torch.uint8, device=device)).view(grid**2, *self.widths)
 
     def __call__(self, images):                                                   # (N, 3, H, W) uint8
         x = (images.float() / 255 - self.mean) / self.std
@@ -561,21 +552,6 @@ class ViT:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             options = dict(indices=1, norm=self.norm, output_fmt="NLC", intermediates_only=True)
             return self.model.forward_intermediates(x, **options)[0].float()      # (N, T, F)
-
-
-def rename_moco(checkpoint):
-    """The encoder of a MoCo v3 checkpoint under timm's names, and True; any other as it is, and False."""
-    prefix, state = "module.base_encoder.", checkpoint.get("state_dict")
-    if not isinstance(state, dict) or not any(name.startswith(prefix) for name in state):
-        return checkpoint, False
-    slips = {"norm13": "norm1", "fc13": "fc1", "norm14": "norm2", "fc14": "fc2"}  # in the ViT-L that REPA uses
-    encoder = {}
-    for name, value in state.items():
-        for slip, right in slips.items():
-            name = name.replace(slip, right)
-        if name.startswith(prefix) and not name.startswith(f"{prefix}head."):
-            encoder[name.removeprefix(prefix)] = value
-    return encoder, True
 
 
 class Encoders:
@@ -590,7 +566,8 @@ class Encoders:
         if files and len(files) != len(vits):
             raise ValueError(f"--encoder-weights: {len(files)} files for {len(vits)} encoders with weights")
         files = dict(zip(vits, files, strict=False))
-        self.encoders = [HOG(grid) if name == "hog" else ViT(name, grid, files.get(name), device) for name in names]
+        vits = {name: ViT(name, grid, files.get(name), device) for name in vits}
+        self.encoders = [vits.get(name) or HOG(grid) for name in names]
         self.widths = [width for encoder in self.encoders for width in encoder.widths]
 
     def __call__(self, images):
@@ -598,7 +575,7 @@ class Encoders:
 
 
 def to_int8(targets):
-    """Tokens [..., F] as int8, scaled to their largest value: the direction remains, all that REPA's loss sees."""
+    """Tokens [..., F] scaled to fill int8: the direction remains, which is all that REPA's loss sees."""
     return (targets / targets.abs().amax(-1, keepdim=True).clamp(min=1e-12) * 127).round().to(torch.int8)
 
 
@@ -618,93 +595,96 @@ def layout(meta, target_dtype):
 
 def check_meta(meta):
     """Every entry of meta.json: its type, then its range. ValueError names the first that is not sound."""
-    types = dict.fromkeys("count image_size views crops seed latent_channels latent_side grid chunk".split(), int)
-    types |= dict(source=str, vae=str, encoder=str, flip=bool, complete=bool, limit=(int, type(None)))
-    types |= dict(latent_scale=(int, float), latent_shift=(int, float), arrays=dict)
-    types |= dict(classes=list, target_widths=list, skipped=list)
+    whole = "count image_size views latent_channels latent_side grid chunk".split()
+    whole = dict.fromkeys(whole, 1) | dict(crops=0, seed=0)  # their minima
+    types = dict.fromkeys(whole, int) | dict(limit=(int, type(None)), latent_scale=(int, float))
+    types |= dict(latent_shift=(int, float), source=str, vae=str, encoder=str, flip=bool, complete=bool)
+    types |= dict(classes=list, target_widths=list, skipped=list, arrays=dict)
     sound = {key: isinstance(meta.get(key), kind) for key, kind in types.items()}
     if all(sound.values()):
-        whole = [key for key, kind in types.items() if kind is int]
-        sound = {key: (0 if key in ("crops", "seed") else 1) <= meta[key] < 2**31 for key in whole}
+        sound = {key: least <= meta[key] < 2**31 for key, least in whole.items()}
         names = {name for name in meta["classes"] if isinstance(name, str)}
         sound["classes"] = 0 < len(names) == len(meta["classes"])
         sound["views"] = meta["views"] == 1 + meta["flip"] + meta["crops"]
-        sound["latent_scale"], sound["latent_shift"] = 0 < meta["latent_scale"] < 1e6, abs(meta["latent_shift"]) < 1e6
-        sound["target_widths"] = all(isinstance(width, int) and width > 0 for width in meta["target_widths"])
+        sound["latent_scale"] = 0 < meta["latent_scale"] < 1e6
+        sound["latent_shift"] = abs(meta["latent_shift"]) < 1e6
+        sound["target_widths"] = all(type(width) is int and width > 0 for width in meta["target_widths"])
     if all(sound.values()):
         sound["grid"] = meta["latent_side"] % meta["grid"] == 0
-        layouts = [layout(meta, dtype).items() for dtype in ("float16", "int8")]
-        sound["arrays"] = any(meta["arrays"].items() <= arrays for arrays in layouts)
+        layouts = [layout(meta, dtype) for dtype in ("float16", "int8")]
+        sound["arrays"] = any(meta["arrays"].items() <= arrays.items() for arrays in layouts)
     for key in (key for key, good in sound.items() if not good):
         raise ValueError(f"{key} is {meta.get(key)!r:.60}")
 
 
 def to_autoencoder(latents, meta):
-    """The inverse of CachedFeatures.latents: latents as a model makes them -> as the autoencoder decodes them."""
+    """The inverse of CachedFeatures.latents: latents of a model -> latents that the autoencoder decodes."""
     return latents / meta["latent_scale"] + meta["latent_shift"]
 
 
 def own_session(worker):
-    """Shield a loader process from the signals that end a run: it is needed until the checkpoint is written."""
+    """Shield a loader process from the signals that end a run: the last checkpoint still needs it."""
     os.setsid()
 
 
 class CachedFeatures(Dataset):
-    """Reader of a cache: item i is view i % V of image i // V. Batches are read in file order, which disks like.
+    """Reader of a cache: item i is view i % V of image i // V. Batches are read in file order, the fastest.
 
-    `features.__getitems__(indices)` returns a dict of arrays, one row per index:
-        moments [n, 2C, h, w] float16, labels [n] int64, control [n, 7] int32, and with `targets` targets [n, T, F].
+    `features.__getitems__(indices)` returns a dict of arrays, a row per index: moments [n, 2C, h, w] float16
+    and labels [n] int64; with `control`, control [n, 7] int32; with `targets`, targets [n, T, F].
     `features.meta` is meta.json, `features.labels` [number of images] the labels; images that were skipped as
-    unreadable are not counted. ValueError if `path` holds no complete, sound cache, or lacks targets or control.
+    unreadable do not count. ValueError unless `path` holds a complete, sound cache with targets and control.
     """
 
     def __init__(self, path, targets=True, control=True):
         path = Path(path)
         self.opened = path, targets, control
         if not (path / "meta.json").is_file():
-            raise ValueError(f"{path}: no feature cache there (no meta.json); make one with extract_features.py")
+            raise ValueError(f"{path}: no feature cache there; make one with extract_features.py")
         self.meta = meta = read_json(path / "meta.json")
         if meta.get("format_version") != FORMAT_VERSION:
             found = f"{meta.get('format_version')!r:.60}"
-            raise ValueError(f"{path}: cache format {found}, this version reads {FORMAT_VERSION}; extract it again")
+            raise ValueError(f"{path}: cache format {found}, not {FORMAT_VERSION}; extract it again")
         with reading(f"{path / 'meta.json'}: damaged", "delete the folder and extract it again"):
             check_meta(meta)
         if not meta["complete"]:
-            raise ValueError(f"{path}: the cache is incomplete; run the same extract_features.py command again")
+            raise ValueError(f"{path}: the cache is incomplete; run the same command again to complete it")
         names = ["moments", "labels"] + ["control"] * bool(control) + ["targets"] * bool(targets)
         missing = [name for name in names if name not in meta["arrays"]]
         if missing:
             remedy = "extract it with an --encoder" if missing[0] == "targets" else "extract it again"
             raise ValueError(f"{path}: the cache has no {missing[0]}; {remedy}")
         self.arrays = {name: open_array(path / f"{name}.npy", **meta["arrays"][name]) for name in names}
-        labels = np.array(self.arrays["labels"])                                  # [N], in memory
-        self.views, self.rows = meta["views"], np.flatnonzero(labels >= 0)
+        self.views, labels = meta["views"], np.array(self.arrays["labels"])
+        self.rows = np.flatnonzero(labels >= 0)
         self.labels = labels[self.rows]
-        skipped = np.flatnonzero(labels == -1).tolist()
-        if not (len(self.rows) and labels.max() < len(meta["classes"]) and skipped == meta["skipped"]):
-            raise ValueError(f"{path}/labels.npy: labels that are no classes; delete the folder and extract it again")
+        if not len(self.rows):
+            raise ValueError(f"{path}: none of its images was readable; extract it again")
+        if labels.max() >= len(meta["classes"]) or np.flatnonzero(labels < 0).tolist() != meta["skipped"]:
+            raise ValueError(f"{path}/labels.npy: damaged, labels that are no classes; extract it again")
         for name in set(names) - {"labels"}:
             self.arrays[name] = self.arrays[name].reshape(-1, *self.arrays[name].shape[2:])
 
     @property
     def model_options(self):
         """What a model must know of the cache: input_size, in_channels, num_classes."""
-        names = dict(input_size="latent_side", in_channels="latent_channels")
-        return {name: self.meta[key] for name, key in names.items()} | {"num_classes": len(self.meta["classes"])}
+        meta = self.meta
+        shape = dict(input_size=meta["latent_side"], in_channels=meta["latent_channels"])
+        return shape | dict(num_classes=len(meta["classes"]))
 
     def latents(self, moments, noise=0):
-        """Moments [N, 2C, h, w] and noise [N, C, h, w] -> latents as the model sees them; noise 0: the mean."""
+        """Moments [N, 2C, h, w], noise [N, C, h, w] or 0 for the mean -> latents as the model sees them."""
         mean, std = moments.float().chunk(2, dim=1)
         return (mean + std * noise - self.meta["latent_shift"]) * self.meta["latent_scale"]
 
     def loader(self, order, workers=0, pin_memory=False):
         """Iterator over dicts of tensors, one for each array of indices in `order`."""
         options = dict(num_workers=workers, pin_memory=pin_memory, worker_init_fn=own_session)
-        # the dataset returns whole batches, so there is nothing to stack: default_convert only makes tensors of arrays
+        # the dataset returns whole batches: nothing to stack, default_convert only turns arrays into tensors
         return iter(DataLoader(self, batch_sampler=order, collate_fn=default_convert, **options))
 
     def __reduce__(self):
-        return CachedFeatures, self.opened  # a spawned loader process opens the files itself: a pickle would copy them
+        return CachedFeatures, self.opened  # a spawned loader process opens the files, it gets no copies
 
     def __len__(self):
         return len(self.rows) * self.views
@@ -721,7 +701,7 @@ class CachedFeatures(Dataset):
         return batch
 
     def control_table(self, per_class=50):
-        """int32 [classes, per_class, 7]: control rows of `per_class` images of each class, centred, not mirrored.
+        """int32 [classes, per_class, 7]: control of `per_class` images a class, centred, not mirrored.
 
         Evenly spread over a class, repeated if it has fewer; zeros (no control) for a class without images.
         """
@@ -735,16 +715,11 @@ class CachedFeatures(Dataset):
 
 # ---- the cache: its writer
 class Views(Dataset):
-    """Item i: the views of image i as uint8 [V, 3, S, S], their control rows [V, 7], and why it is unreadable, or "".
+    """Item i: `image_views` of image i and "", or of a black one and why image i is unreadable (an exception
+    would leave a loader process as a traceback)."""
 
-    (An exception would leave a loader process as a traceback.)
-    """
-
-    def __init__(self, images, image_size, flip=False, crops=0, seed=0):
+    def __init__(self, images, image_size, flip, crops, seed):
         self.images, self.seed, self.options = images, seed, (image_size, flip, crops)
-
-    def __len__(self):
-        return len(self.images)
 
     def __getitem__(self, i):
         try:
@@ -797,24 +772,13 @@ def extract_digits(out):
 
 def describe(args, images, autoencoder, encoder):
     """The contents of meta.json."""
-    copied = "limit image_size flip crops seed vae encoder".split()
     side = args.image_size // autoencoder.downsampling
-    meta = {key: getattr(args, key) for key in copied} | dict(
-        format_version=FORMAT_VERSION,
-        source=str(Path(args.data)),
-        count=len(images),
-        classes=images.classes,
-        views=1 + args.flip + args.crops,
-        latent_channels=autoencoder.channels,
-        latent_side=side,
-        latent_scale=autoencoder.scale,
-        latent_shift=autoencoder.shift,
-        target_widths=encoder.widths if encoder else [],
-        grid=side // args.patch,
-        chunk=args.batch_size,
-        skipped=[],
-        complete=False,
-    )
+    meta = {key: getattr(args, key) for key in "limit image_size flip crops seed vae encoder".split()}
+    meta |= dict(format_version=FORMAT_VERSION, source=str(Path(args.data)), complete=False, skipped=[])
+    meta |= dict(count=len(images), classes=images.classes, chunk=args.batch_size)
+    meta |= dict(views=1 + args.flip + args.crops, latent_side=side, latent_channels=autoencoder.channels)
+    meta |= dict(latent_scale=autoencoder.scale, latent_shift=autoencoder.shift)
+    meta |= dict(grid=side // args.patch, target_widths=encoder.widths if encoder else [])
     return meta | {"arrays": layout(meta, args.target_dtype)}
 
 
@@ -824,29 +788,29 @@ def parse_args(argv=None):
     add("--data", required=True, help="folder of class folders, .zip of one, or ADM .npz")
     add("--out", required=True, help="folder of the cache")
     add("--image-size", type=number(int, 1, 4096), default=256, help="side of the square images, in pixels")
-    add("--patch", type=number(int, 1), default=2, help="patch size of the models to train: fixes the token grid")
+    add("--patch", type=number(int, 1), default=2, help="patch size of the models to train: one token each")
     add("--vae", default="stabilityai/sd-vae-ft-mse", help="autoencoder, or none: pixels as latents")
     add("--encoder", default="vit_base_patch14_dinov2.lvd142m", help="timm ViT, hog, none, or several: A,B")
     add("--encoder-weights", help="local file for --encoder, or one for each, with commas between")
     add("--target-dtype", choices=["float16", "int8"], default="float16", help="int8 halves the disk space")
     add("--flip", action="store_true", help="also encode the mirrored image, as a second view")
-    add("--crops", type=number(int, 0, 1000), default=0, metavar="K", help="also encode K random squares of each image")
+    add("--crops", type=number(int, 0, 1000), default=0, metavar="K", help="also encode K random squares")
     add("--seed", type=number(int, 0, 2**31 - 1), default=0, help="seed of the random squares")
     add("--limit", type=number(int, 1), help="only this many images, evenly spread over the source")
     add("--skip-bad", action="store_true", help="leave unreadable images out instead of stopping")
-    add("--batch-size", type=number(int, 1, 2**16), default=64, help="images encoded and marked as done together")
+    add("--batch-size", type=number(int, 1, 2**16), default=64, help="images encoded at a time")
     workers = min(4, os.cpu_count())
     add("--workers", type=number(int, 0, 256), default=workers, help="processes that decode images, per rank")
     return parser.parse_args(argv)
 
 
 def run(args, rank, world, device):
+    """The work of one process, in one attempt. ValueError or OSError for whatever the user has to repair."""
     images, autoencoder = Images(args.data, args.limit), load_autoencoder(args.vae, device)
-    step = autoencoder.downsampling * args.patch
-    if args.image_size % step:
-        fits = " or ".join(str(step * k) for k in (args.image_size // step, args.image_size // step + 1) if k)
-        raise ValueError(f"--image-size {args.image_size} must be a multiple of downsampling x --patch, say {fits}")
-    grid = args.image_size // step
+    grid, rest = divmod(args.image_size, step := autoencoder.downsampling * args.patch)
+    if rest:
+        fits = " or ".join(str(step * k) for k in (grid, grid + 1) if k)
+        raise ValueError(f"--image-size {args.image_size} is no multiple of {step}, such as {fits}")
     encoder = None if args.encoder == "none" else Encoders(args.encoder, grid, args.encoder_weights, device)
     out, meta = Path(args.out), describe(args, images, autoencoder, encoder)
     if rank == 0:
@@ -859,26 +823,27 @@ def run(args, rank, world, device):
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
-    if rank == 0:
-        labels = open_array(out / "labels.npy", **meta["arrays"]["labels"])
-        meta |= {"complete": True, "skipped": np.flatnonzero(labels < 0).tolist()}
-        if len(meta["skipped"]) == meta["count"]: 
-            raise ValueError(f"--data {args.data}: no image is readable")
-        write_json(out / "meta.json", meta)
-        (out / "progress.npy").unlink(missing_ok=True)
-        CachedFeatures(out, targets=encoder is not None)  # proves it readable
-        names = ", ".join(map(repr, images.classes[:3])) + ", ..." * (len(images.classes) > 3)
-        without = f", without {len(meta['skipped'])} unreadable ones" if meta["skipped"] else ""
-        print(f"{out}: complete, {meta['count']:,} images of {len(images.classes):,} classes ({names}){without}")
-        lock.close()
+    if rank > 0:
+        return
+
+    labels = open_array(out / "labels.npy", **meta["arrays"]["labels"])
+    meta |= {"complete": True, "skipped": np.flatnonzero(labels < 0).tolist()}
+    write_json(out / "meta.json", meta)
+    CachedFeatures(out, targets=encoder is not None)  # refuses damaged arrays, and a cache without images
+    (out / "progress.npy").unlink(missing_ok=True)
+    names = ", ".join(map(repr, images.classes[:3])) + ", ..." * (len(images.classes) > 3)
+    without = f", without {len(meta['skipped'])} unreadable ones" if meta["skipped"] else ""
+    print(f"{out}: complete, {len(images):,} images of {len(images.classes):,} classes: {names}{without}")
+    lock.close()
 
 
 def main(argv=None):
     args = parse_args(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if world > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=1))  # nothing but barriers, and ranks may be uneven
+        dist.init_process_group("gloo", timeout=timedelta(days=1))  # only barriers; ranks may be uneven
     try:
         run(args, rank, world, device)
     except (ValueError, OSError) as error:
