@@ -238,8 +238,9 @@ class Images:
                 labels = read_array(archive.open("arr_1.npy"), allow_pickle=False)
             if labels.dtype.kind not in "iu" or labels.shape != self.shape[:1] or labels.min() < 0:
                 raise ValueError(f"arr_1 is {labels.dtype} {list(labels.shape)}")
-        names, self.labels = range(int(labels.max()) + 1), labels.astype(np.int64)
-        if len(names) > 100_000:
+        if labels.max() < 100_000:
+            names, self.labels = range(int(labels.max()) + 1), labels.astype(np.int64)
+        else:
             names, self.labels = np.unique(labels, return_inverse=True)
         self.classes, self.paths = [str(name) for name in names], None
 
@@ -254,7 +255,8 @@ class Images:
                 if outside := [name for name in names if name.startswith("/") or ".." in name.split("/")]:
                     raise ValueError(f"{outside[0]} points out of it")
         names = [name for name in names if "/." not in f"/{name}" and not name.startswith("__MACOSX/")]
-        images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+        images = {name for name in names if name.lower().endswith(IMAGE_SUFFIXES)}
+        images = sorted(images, key=lambda name: name.split("/"))
         above = {name: "/".join(name.split("/")[:-2]) for name in images}  # the folder of the class folders
         root = posixpath.commonpath(above.values()) if images and self.source.is_file() else ""
         if deep := Counter(folder for folder in above.values() if folder != root):
@@ -264,8 +266,7 @@ class Images:
             raise ValueError(f"--data {self.source}: {example} lies deeper than class/file; {remedy}")
         self.prefix = posixpath.join(root, "")
         names = [name.removeprefix(self.prefix) for name in names if name.startswith(self.prefix)]
-        self.paths = [name.removeprefix(self.prefix) for name in above]
-        self.paths.sort(key=lambda path: path.split("/"))
+        self.paths = [name.removeprefix(self.prefix) for name in images]
         if loose := [name for name in self.paths if "/" not in name]:
             raise ValueError(f"--data {self.source}: {loose[0]} lies outside the class folders; move it")
         folders = [name.split("/")[0] for name in self.paths]
@@ -600,7 +601,7 @@ def check_meta(meta):
     types = dict.fromkeys(whole, int) | dict(limit=(int, type(None)), latent_scale=(int, float))
     types |= dict(latent_shift=(int, float), source=str, vae=str, encoder=str, flip=bool, complete=bool)
     types |= dict(classes=list, target_widths=list, skipped=list, arrays=dict)
-    sound = {key: isinstance(meta.get(key), kind) for key, kind in types.items()}
+    sound = {key: key in meta and isinstance(meta[key], kind) for key, kind in types.items()}
     if all(sound.values()):
         sound = {key: least <= meta[key] < 2**31 for key, least in whole.items()}
         names = {name for name in meta["classes"] if isinstance(name, str)}
@@ -813,28 +814,31 @@ def run(args, rank, world, device):
         raise ValueError(f"--image-size {args.image_size} is no multiple of {step}, such as {fits}")
     encoder = None if args.encoder == "none" else Encoders(args.encoder, grid, args.encoder_weights, device)
     out, meta = Path(args.out), describe(args, images, autoencoder, encoder)
+    parts, lock = math.ceil(meta["count"] / meta["chunk"]), contextlib.nullcontext()
     if rank == 0:
-        parts = math.ceil(meta["count"] / meta["chunk"])
         lock = start_folder(out, "meta.json", meta, meta["arrays"], parts, ignore=("complete", "skipped"))
-    if world > 1:
-        dist.barrier()
-    if (out / "progress.npy").exists():
-        extract(out, meta, images, autoencoder, encoder, args, rank, world, device)
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-    if rank > 0:
-        return
+    with lock:
+        if world > 1:
+            dist.barrier()
+        if (out / "progress.npy").exists():
+            extract(out, meta, images, autoencoder, encoder, args, rank, world, device)
+        if world > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+        if rank == 0:
+            finish(out, meta)
 
+
+def finish(out, meta):
+    """Mark a cache as complete, read it as a trainer will, and say what it holds. ValueError if it is damaged."""
     labels = open_array(out / "labels.npy", **meta["arrays"]["labels"])
-    meta |= {"complete": True, "skipped": np.flatnonzero(labels < 0).tolist()}
-    write_json(out / "meta.json", meta)
-    CachedFeatures(out, targets=encoder is not None)  # refuses damaged arrays, and a cache without images
+    skipped = np.flatnonzero(labels < 0).tolist()
+    write_json(out / "meta.json", meta | {"complete": True, "skipped": skipped})
+    CachedFeatures(out, targets="targets" in meta["arrays"])
     (out / "progress.npy").unlink(missing_ok=True)
-    names = ", ".join(map(repr, images.classes[:3])) + ", ..." * (len(images.classes) > 3)
-    without = f", without {len(meta['skipped'])} unreadable ones" if meta["skipped"] else ""
-    print(f"{out}: complete, {len(images):,} images of {len(images.classes):,} classes: {names}{without}")
-    lock.close()
+    names = ", ".join(map(repr, meta["classes"][:3])) + ", ..." * (len(meta["classes"]) > 3)
+    without = f", without {len(skipped)} unreadable ones" if skipped else ""
+    print(f"{out}: complete, {meta['count']:,} images of {len(meta['classes']):,} classes: {names}{without}")
 
 
 def main(argv=None):

@@ -3,6 +3,8 @@
 import argparse
 import functools
 import json
+import socket
+import time
 from pathlib import Path
 
 import huggingface_hub
@@ -21,6 +23,7 @@ import train_repa
 
 GOLDEN = np.load(Path(__file__).with_name("golden_vae.npz"))
 CHANNELS = (32, 64, 64, 96)
+CONNECT = socket.create_connection
 
 
 @pytest.fixture
@@ -43,7 +46,14 @@ def small_vits(monkeypatch):
 
 @pytest.fixture
 def no_network(monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    """No connection; the setting that an unreachable hub changes is restored afterwards."""
+
+    def refuse(address, timeout):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(ef.socket, "create_connection", refuse)
+    monkeypatch.setattr(ef.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
 
 
 # --- autoencoder
@@ -108,6 +118,34 @@ def test_autoencoder_complaints(small_vae, tmp_path, no_network):
     assert "weights of another architecture" in complain(tmp_path / "other.pt")
     (tmp_path / "text.safetensors").write_text("hello")
     assert "not readable as weights" in complain(tmp_path / "text.safetensors")
+    for content in ([], {}, {1: 2}, torch.zeros(3), {"decoder.conv_in.bias": "text"}):
+        torch.save(content, tmp_path / "other.pt")
+        assert "other.pt" in complain(tmp_path / "other.pt")
+
+
+def test_no_long_wait_for_an_unreachable_hub(no_network, caplog):
+    """The client of the hub tries again for half a minute, and says so each time."""
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="--vae stabilityai/sd-vae-ft-mse: cannot be downloaded"):
+        ef.load_autoencoder("stabilityai/sd-vae-ft-mse")
+    with pytest.raises(ValueError, match="--encoder vit_tiny_patch16_224: .*--encoder-weights FILE"):
+        ef.Encoders("vit_tiny_patch16_224", 2)
+    assert time.monotonic() - start < 10 and "Retrying" not in caplog.text
+
+
+def test_a_proxy_or_an_answer_leaves_the_hub_online(no_network, monkeypatch):
+    """A proxy is not probed; a hub that answers is asked."""
+    monkeypatch.setattr(ef.urllib.request, "getproxies", lambda: {"https": "http://proxy:3128"})
+    ef.check_hub()
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+    monkeypatch.setattr(ef.urllib.request, "getproxies", dict)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setattr(ef.socket, "create_connection", CONNECT)
+        ef.check_hub()
+        assert not huggingface_hub.constants.HF_HUB_OFFLINE
+    ef.check_hub()
+    assert huggingface_hub.constants.HF_HUB_OFFLINE, "nobody listens there any more"
 
 
 # --- encoders
@@ -170,6 +208,40 @@ def test_grid_at_512_pixels(small_vits, tmp_path):
     assert encoder(torch.zeros(1, 3, 512, 512, dtype=torch.uint8)).shape == (1, 1024, 64)
 
 
+def test_clip_is_built_with_quick_gelu(small_vits, tmp_path):
+    """OpenAI's CLIP has x sigmoid(1.702 x): its MLPs computed by hand, and the model of timm that has GELU refused."""
+    name = "vit_large_patch14_clip_quickgelu_224.openai"
+    torch.manual_seed(0)
+    native = small_vits(name, num_classes=0)
+    for parameter in native.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    torch.save(native.state_dict(), tmp_path / "weights.pt")
+    encoder = ef.Encoders(name, 4, str(tmp_path / "weights.pt"))
+    mlp, seen = encoder.encoders[0].model.blocks[-1].mlp, []
+    mlp.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    encoder(torch.randint(0, 256, (2, 3, 56, 56), dtype=torch.uint8))
+    x, output = seen[0]
+    hidden = x @ mlp.fc1.weight.T + mlp.fc1.bias
+    expected = (hidden * torch.sigmoid(1.702 * hidden)) @ mlp.fc2.weight.T + mlp.fc2.bias
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+    gelu = torch.nn.functional.gelu(hidden) @ mlp.fc2.weight.T + mlp.fc2.bias
+    assert not torch.allclose(output, gelu, atol=1e-2)
+
+
+CLIPS = [name for name in timm.list_models("vit_*_clip_*", pretrained=True) if name.endswith(".openai")]
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_every_clip_of_openai_is_quick_gelu_or_refused(name, small_vits, no_network):
+    """The error names a model that timm has; the right names get as far as the download."""
+    with pytest.raises(ValueError) as error:
+        ef.Encoders(name, 2)
+    if "quickgelu" in name:
+        assert "downloaded" in str(error.value)
+    else:
+        assert "QuickGELU" in str(error.value) and str(error.value).split()[-1] in CLIPS
+
+
 def test_encoder_complaints(small_vits, tmp_path, no_network, monkeypatch):
     def complain(*arguments):
         with pytest.raises(ValueError) as error:
@@ -182,10 +254,15 @@ def test_encoder_complaints(small_vits, tmp_path, no_network, monkeypatch):
     assert "cannot be downloaded" in offline and "pass --encoder-weights FILE" in offline
     torch.save({"blocks.0.attn.qkv.weight": torch.zeros(3)}, tmp_path / "other.pt")
     assert "not weights of" in complain(name, 4, str(tmp_path / "other.pt"))
+    torch.save({}, tmp_path / "other.pt")
+    assert "other.pt" in complain(name, 4, str(tmp_path / "other.pt"))
     assert "not a ViT that timm knows" in complain("vit_of_my_dreams", 4)
     assert "1 files for 2 encoders" in complain(f"{name},hog,vit_base_patch16_224.dino", 4, "one.pt")
     monkeypatch.undo()  # a ResNet has no depth to change
     assert "not a ViT that timm knows" in complain("resnet50", 4)
+    swin = "swin_tiny_patch4_window7_224"
+    torch.save(timm.create_model(swin, num_classes=0).state_dict(), tmp_path / "swin.pt")
+    assert "not a ViT that timm knows" in complain(swin, 8, str(tmp_path / "swin.pt"))
 
 
 # --- images that ADM's loader would take
