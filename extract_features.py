@@ -830,7 +830,7 @@ def run(args, rank, world, device):
 
 
 def finish(out, meta):
-    """Mark a cache as complete, read it as a trainer will, and say what it holds. ValueError if it is damaged."""
+    """Mark a cache as complete, open it as a trainer will, say what it holds. ValueError if it is damaged."""
     labels = open_array(out / "labels.npy", **meta["arrays"]["labels"])
     skipped = np.flatnonzero(labels < 0).tolist()
     write_json(out / "meta.json", meta | {"complete": True, "skipped": skipped})

@@ -73,7 +73,8 @@ def test_autoencoder_is_diffusers(small_vae):
     mean, std = small_vae.encode(uniform("images", (2, 3, 16, 24)))
     np.testing.assert_allclose(mean, GOLDEN["mean"], atol=1e-5)
     np.testing.assert_allclose(std, GOLDEN["std"], atol=1e-5)
-    np.testing.assert_allclose(small_vae.decode(uniform("latents", (2, 4, 2, 3), -2, 2)), GOLDEN["decoded"], atol=5e-5)
+    decoded = small_vae.decode(uniform("latents", (2, 4, 2, 3), -2, 2))
+    np.testing.assert_allclose(decoded, GOLDEN["decoded"], atol=5e-5)
 
 
 def test_slices_do_not_matter(small_vae, monkeypatch):
@@ -140,7 +141,8 @@ def test_a_proxy_or_an_answer_leaves_the_hub_online(no_network, monkeypatch):
     assert not huggingface_hub.constants.HF_HUB_OFFLINE
     monkeypatch.setattr(ef.urllib.request, "getproxies", dict)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
         monkeypatch.setattr(ef.socket, "create_connection", CONNECT)
         ef.check_hub()
         assert not huggingface_hub.constants.HF_HUB_OFFLINE
@@ -164,9 +166,9 @@ FAMILIES = [  # name, patch, tokens before the patches, normalisation, does the 
 ]
 
 
-@pytest.mark.parametrize("name, patch, prefix, normalisation, norm", FAMILIES, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize("name, patch, prefix, normalisation, norm", FAMILIES, ids=lambda x: str(x)[:40])
 def test_encoder_families(name, patch, prefix, normalisation, norm, small_vits, tmp_path):
-    """Tokens equal a direct timm call on a tensor prepared by hand, from weights at the family's own resolution."""
+    """Tokens equal a direct timm call on a tensor prepared by hand; weights have the family's resolution."""
     torch.manual_seed(0)
     native = small_vits(name, num_classes=0)
     for parameter in native.parameters():
@@ -180,7 +182,7 @@ def test_encoder_families(name, patch, prefix, normalisation, norm, small_vits, 
     direct = small_vits(name, num_classes=0, img_size=4 * patch)
     state = dict(native.state_dict())
     if state["pos_embed"].shape != direct.pos_embed.shape:
-        table = 0 if getattr(direct, "no_embed_class", False) else prefix  # rows of the table before the patches
+        table = 0 if getattr(direct, "no_embed_class", False) else prefix  # its rows before the patches
         grid, side = state["pos_embed"][:, table:], int((state["pos_embed"].shape[1] - table) ** 0.5)
         grid = grid.reshape(1, side, side, 64).permute(0, 3, 1, 2)
         grid = torch.nn.functional.interpolate(grid, size=(4, 4), mode="bicubic", antialias=True)
@@ -209,7 +211,7 @@ def test_grid_at_512_pixels(small_vits, tmp_path):
 
 
 def test_clip_is_built_with_quick_gelu(small_vits, tmp_path):
-    """OpenAI's CLIP has x sigmoid(1.702 x): its MLPs computed by hand, and the model of timm that has GELU refused."""
+    """OpenAI's CLIP has x sigmoid(1.702 x): an MLP computed by hand."""
     name = "vit_large_patch14_clip_quickgelu_224.openai"
     torch.manual_seed(0)
     native = small_vits(name, num_classes=0)
@@ -269,7 +271,7 @@ def test_encoder_complaints(small_vits, tmp_path, no_network, monkeypatch):
 
 
 def test_difficult_images(tmp_path):
-    """Modes, depths, orientations and shapes: as PIL's conversion to RGB, orientation tags ignored, as in ADM."""
+    """Modes, depths, orientations and shapes: converted by PIL, orientation tags ignored, as in ADM."""
     folder = tmp_path / "src" / "all"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -318,7 +320,7 @@ def folder(tmp_path):
 
 
 def test_extraction_with_autoencoder_and_two_encoders(folder, tmp_path, small_vae, small_vits):
-    """Moments and targets of every view are those of the crop, and a run with two projectors trains on them."""
+    """Moments and targets of every view are those of the crop, and a run with two projectors trains on it."""
     torch.save(small_vae.state_dict(), tmp_path / "vae.pt")
     name = "vit_small_patch14_dinov2.lvd142m"
     torch.manual_seed(0)
@@ -333,7 +335,8 @@ def test_extraction_with_autoencoder_and_two_encoders(folder, tmp_path, small_va
     np.testing.assert_allclose(batch["moments"][0], torch.cat([mean, std], 1)[0], atol=2e-3)
     tokens = ef.Encoders(name, 2, str(tmp_path / "vit.pt"))(torch.from_numpy(crop)[None])[0]
     np.testing.assert_allclose(batch["targets"][0, :, 82:], tokens, atol=1e-2)
-    np.testing.assert_allclose(batch["targets"][0, :, :82], ef.HOG(2)(torch.from_numpy(crop)[None])[0], atol=1e-3)
+    hog = ef.HOG(2)(torch.from_numpy(crop)[None])[0]
+    np.testing.assert_allclose(batch["targets"][0, :, :82], hog, atol=1e-3)
     run = "--model nano/1 --steps 2 --batch-size 8 --workers 0".split()
     train_repa.main(["--data", str(tmp_path / "out"), "--out", str(tmp_path / "run"), *run])
     heads = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["heads"]
@@ -365,7 +368,7 @@ def test_skip_bad(folder, tmp_path, capsys):
     options = ["--vae", "none", "--encoder", "hog", "--flip"]
     with pytest.raises(SystemExit, match="b/2.png .*repair or remove it, or pass --skip-bad"):
         extract(folder, tmp_path / "out", *options)
-    extract(folder, tmp_path / "out", *options, "--skip-bad")                     # goes on where the other stopped
+    extract(folder, tmp_path / "out", *options, "--skip-bad")  # continues where the other stopped
     assert "skipped" in capsys.readouterr().err
     features = ef.CachedFeatures(tmp_path / "out")
     assert features.meta["skipped"] == [6] and len(features) == 22
