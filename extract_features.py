@@ -223,8 +223,7 @@ class Images:
     def _read_header(self):
         expected = "it needs arr_0, uint8 [N, H, W, 3] in C order, and arr_1, N class indices >= 0"
         with reading(f"--data {self.source}: no ADM .npz", expected), zipfile.ZipFile(self.source) as archive:
-            damaged = archive.testzip()  # here, because rows are read one by one
-            if damaged:
+            if damaged := archive.testzip():  # now, because images are read one by one
                 raise ValueError(f"wrong checksum of {damaged}")
             with archive.open("arr_0.npy") as file:
                 read_magic(file)
@@ -533,7 +532,7 @@ class ViT:
         options = dict(num_classes=0, img_size=grid * patch)
         if weights:
             options["pretrained_cfg_overlay"] = {"state_dict": read_weights(weights)}
-            failure = f"--encoder-weights {weights}: not weights of {name}", "pass those"
+            failure = f"--encoder-weights {weights}: not weights of {name}", "pass its own"
         else:
             check_hub()
             failure = f"--encoder {name}: its weights cannot be downloaded", "pass --encoder-weights FILE"
@@ -716,8 +715,8 @@ class CachedFeatures(Dataset):
 
 # ---- the cache: its writer
 class Views(Dataset):
-    """Item i: `image_views` of image i and "", or of a black one and why image i is unreadable (an exception
-    would leave a loader process as a traceback)."""
+    """Item i: `image_views` of image i and "", or of a black image and why image i is unreadable (an
+    exception would leave a loader process as a traceback)."""
 
     def __init__(self, images, image_size, flip, crops, seed):
         self.images, self.seed, self.options = images, seed, (image_size, flip, crops)
@@ -789,7 +788,7 @@ def parse_args(argv=None):
     add("--data", required=True, help="folder of class folders, .zip of one, or ADM .npz")
     add("--out", required=True, help="folder of the cache")
     add("--image-size", type=number(int, 1, 4096), default=256, help="side of the square images, in pixels")
-    add("--patch", type=number(int, 1), default=2, help="patch size of the models to train: one token each")
+    add("--patch", type=number(int, 1), default=2, help="patch size of the models to train")
     add("--vae", default="stabilityai/sd-vae-ft-mse", help="autoencoder, or none: pixels as latents")
     add("--encoder", default="vit_base_patch14_dinov2.lvd142m", help="timm ViT, hog, none, or several: A,B")
     add("--encoder-weights", help="local file for --encoder, or one for each, with commas between")
