@@ -71,8 +71,8 @@ class Sinusoids(nn.Module):
 class TimestepEmbedder(nn.Module):
     """Scalar t -> 256 sinusoids -> two-layer MLP.
 
-    Flow matching feeds t in [0, 1] as it is: SiT and REPA do not multiply by 1000 (unintended, as their
-    authors say: SiT#24, REPA#40), and their checkpoints need the same. Always fp32, also under autocast.
+    Flow matching feeds t in [0, 1], not times 1000: unintended in SiT and REPA (SiT#24, REPA#40), but their
+    checkpoints need it. Always fp32, also under autocast.
     """
 
     def __init__(self, hidden_size, frequencies=128):
@@ -158,10 +158,7 @@ class ZeroNullLabelEmbedder(LabelEmbedder):
 
 
 class DiTBlock(nn.Module):
-    """Transformer block with adaLN-Zero conditioning: shift, scale and gate of both branches come from c.
-
-    `cond_size`: width of c where it is not the width of the tokens.
-    """
+    """adaLN-Zero block: shift, scale and gate of both branches come from c, whose width is cond_size."""
 
     def __init__(self, hidden_size, num_heads, mlp_ratio=4.0, qk_norm=False, cond_size=None):
         super().__init__()
@@ -180,8 +177,7 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated LayerNorm and a linear map of every token, in a DiT to the C values of its P x P
-    positions."""
+    """Modulated LayerNorm and a linear map of every token to `out_size` values."""
 
     def __init__(self, hidden_size, out_size, cond_size=None):
         super().__init__()
@@ -404,12 +400,12 @@ class SDDiT(DiT):
 def inherit_config(config, theirs):
     """What the model of `config` takes over from one trained at another resolution (arXiv 2411.03177).
 
-    The grid of its positions and its time shift times the ratio of the sides, which is 1 for another kind of
-    latents. ValueError if its tokens differ, so that hardly a weight would fit.
+    The grid of its positions, and its time shift times the ratio of the sides (1 for other latents).
+    ValueError if its tokens differ, so that hardly a weight would fit.
     """
     for key in ("patch_size", "hidden_size", "depth", "num_heads"):
         if theirs[key] != config[key]:
-            raise ValueError(f"its {key} is {theirs[key]}, that of the model to train {config[key]}")
+            raise ValueError(f"--init: its {key} is {theirs[key]}, that of the model to train {config[key]}")
     alike, grid = theirs["in_channels"] == config["in_channels"], theirs["input_size"] // theirs["patch_size"]
     ratio = config["input_size"] / theirs["input_size"] if alike else 1
     return dict(pos_base=theirs.get("pos_base") or grid, time_shift=theirs.get("time_shift", 1.0) * ratio)
@@ -450,9 +446,8 @@ def check_memory(config, images, precision):
         values = 17 * images * tokens * config["depth"] * config["hidden_size"]
         return 20 * parameters + (2 if precision == "bf16" else 4) * values
 
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if torch.cuda.is_available():
-        memory = torch.cuda.mem_get_info()[1]
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else host
     if need(config) > memory:
         sizes = [f"{size}/{config['patch_size']}" for size in SIZES]
         fits = [size for size in sizes if need(config | parse_model(size)) <= memory]
@@ -487,8 +482,6 @@ def build(config):
 
     ValueError for an unknown architecture, TypeError for an unknown keyword.
     """
-    config = dict(config)
-    arch = config.pop("arch")
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"unknown architecture {arch!r}; this version knows {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[arch](**config)
+    if config["arch"] not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {config['arch']!r}, not one of {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[config["arch"]](**{key: value for key, value in config.items() if key != "arch"})
