@@ -334,7 +334,6 @@ def launch():
 
 def main(argv=None):
     args = parse_args(argv)
-
     if args.digits and args.data == "features/digits":
         extract_digits(args.data)
     rank, world, device = launch()
@@ -376,7 +375,7 @@ def main(argv=None):
     latent = model.in_channels, config["input_size"], config["input_size"]
 
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=None if rank == 0 else True)
-    early = {args.sample_every // n for n in (2, 4, 8, 16)}  # steps of the first pictures
+    early = {args.sample_every // n for n in (2, 4, 8, 16)} | {args.steps}  # more pictures
     flops, totals, skipped, since, clock = objective.flops(config), 0, 0, step, time.perf_counter()
 
     while step < args.steps:
@@ -420,11 +419,11 @@ def main(argv=None):
         skipped = torch.where(finite, 0, skipped + 1)
 
         stop = step == args.steps or interrupted(step, device)
-        picture = args.sample_every and (stop or step % args.sample_every == 0 or step in early)
+        picture = args.sample_every and (step % args.sample_every == 0 or step in early)
         log = stop or picture or step % args.log_every == 0
         if (log or step % 100 == 0) and skipped >= min(100, step):
             terms = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
-            sys.exit(f"step {step}: {skipped} steps without finite gradient, {terms}: lower --lr, use fp32")
+            sys.exit(f"step {step}: no finite gradient in {int(skipped)} steps, {terms}; lower --lr, use fp32")
         if log:
             if world > 1:
                 dist.all_reduce(totals)
@@ -440,7 +439,6 @@ def main(argv=None):
                     row["cka_off_diagonal"] = report_cka(ema.module, features, out / f"cka-{step:07d}.png")
                 # <<< diversedit
                 sample.write_row(out / "log.jsonl", row, bar)
-            totals, since, clock = 0, step, time.perf_counter()
         if rank == 0 and (stop or step % args.save_every == 0 or step % args.keep_every == 0):
             heads = {name: x for name, x in objective.state_dict().items() if not name.startswith("model.")}
             state = dict(step=step, args=vars(args), config=config, data=features.meta)
@@ -451,6 +449,8 @@ def main(argv=None):
                 sample.write_checkpoint(out / f"{step:07d}.pt", state)
         if picture and rank == 0:
             sample.preview(ema.module, features, vae, out / f"samples-{step:07d}.png", args.seed)
+        if log:  # only now, so that img_per_s is that of training alone
+            totals, since, clock = 0, step, time.perf_counter()
         if stop:
             break
 
