@@ -482,7 +482,7 @@ def main(argv=None):
         log = stop or picture or step % args.log_every == 0
         if (log or step % 100 == 0) and skipped >= min(100, step):
             terms = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
-            sys.exit(f"step {step}: no finite gradient in {int(skipped)} steps, {terms}; lower --lr, use fp32")
+            sys.exit(f"step {step}: no finite gradient in {int(skipped)} steps, {terms}: lower --lr, or fp32")
         if log:
             if world > 1:
                 dist.all_reduce(totals)
