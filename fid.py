@@ -66,11 +66,12 @@ class InceptionV3(inception.Inception3):
     widths = (2048, 2023)  # D of the features that forward returns
 
     def __init__(self):
-        # torchvision: averages that count the padding / here: that leave it out, and a maximum in Mixed_7c, because
-        # the weights were trained so
+        # torchvision: averages count the padding, Mixed_7c averages / here: they leave it out, Mixed_7c takes the
+        # maximum, because the TensorFlow graph of the weights does
         mean = torch.nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
         a, c, e = (fid_block(getattr(inception, f"Inception{x}"), mean) for x in "ACE")
-        blocks = [inception.BasicConv2d, a, inception.InceptionB, c, inception.InceptionD, e, inception.InceptionAux]
+        b, d, conv, aux = inception.InceptionB, inception.InceptionD, inception.BasicConv2d, inception.InceptionAux
+        blocks = [conv, a, b, c, d, e, aux]
         super().__init__(num_classes=1008, aux_logits=False, init_weights=False, inception_blocks=blocks)
         self.Mixed_7c = fid_block(inception.InceptionE, torch.nn.MaxPool2d(3, stride=1, padding=1))(2048)
         self.eval().requires_grad_(False)
@@ -125,9 +126,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     shapes = [tuple(x.shape) for x in (mu1, sigma1, mu2, sigma2)]
     if shapes != [(len(mu1),), (len(mu1), len(mu1))] * 2:
         raise ValueError(f"frechet_distance needs shapes (D,), (D, D), (D,), (D, D), got {shapes}")
-    # official code: sqrtm(S1 S2) / here: the symmetric R^T S2 R with S1 = R R^T, because it has the eigenvalues of
-    # S1 S2 and does not fail for fewer images than D. Eigenvalues of S1 at rounding level are left out of R,
-    # because their square roots would add up.
+    # official code: sqrtm(S1 S2) / here: eigenvalues of the symmetric R^T S2 R with S1 = R R^T, because they are
+    # the non-zero ones of S1 S2, and sqrtm is inexact for fewer images than D. R leaves out eigenvalues of S1 at
+    # rounding level, because their square roots would add up.
     values, vectors = torch.linalg.eigh(sigma1)
     keep = values > values[-1].clamp(min=0) * len(values) * torch.finfo(torch.float64).eps
     R = vectors[:, keep] * values[keep].sqrt()  #              [D, rank of S1]
@@ -139,7 +140,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 def inception_score(logits, split_size=5000):
     """Inception Score (arXiv 1606.03498): exp(mean KL(p(y|x) || p(y))), averaged over splits of the rows.
 
-    logits [N, C], without bias -> float in [1, C], too low if rows are sorted by class: splits are consecutive.
+    logits [N, C], without bias -> float in [1, C]. Splits are consecutive: too low for rows sorted by class.
     """
     scores = []
     for split in logits.split(split_size):
@@ -193,7 +194,7 @@ def fail(message):
 
 
 @contextlib.contextmanager
-def naming(path, remedy="is the file complete? copy or download it again"):
+def naming(path, remedy="is the name right, the file complete? copy or download it again"):
     """Turns whatever a reader raises on a damaged file (ten types and more) into one line."""
     try:
         yield
@@ -223,7 +224,7 @@ def file_hash(path):
 
 def read_members(path, *names):
     """Those of the named arrays that an .npz has; none of a folder. Pickled objects are refused."""
-    if path.is_dir():
+    if os.path.isdir(path):
         return {}
     with naming(path), np.lib.npyio.NpzFile(path, allow_pickle=False) as archive:
         return {name: archive[name] for name in names if name in archive.files}
@@ -317,7 +318,7 @@ def open_side(path, args):
     stored = stored_statistics(path) if args.features == "inception" and not args.stats else []
     side = SimpleNamespace(path=path, stored=stored, statistics=stored, images=None, features=[])
     if not stored or "arr_0.npy" in zipfile.ZipFile(path).namelist():
-        side.images = FolderImages(path, args.image_size) if path.is_dir() else ArrayImages(path)
+        side.images = FolderImages(path, args.image_size) if os.path.isdir(path) else ArrayImages(path)
         n, *shape = side.images.shape
         if n < 4:
             fail(f"{path}: holds {n} images; at least 4 are needed, and 50,000 for a figure to quote")
@@ -354,7 +355,7 @@ def load_weights(model, path):
 
 # ---- features and report
 def measure(side, model, args, rank=0, world=1, keep=1):
-    """Sets the features [N, D] of a side, the first `keep` kinds, and, unless stored, its statistics, all kinds.
+    """Sets the first `keep` kinds of features of a side, [N, D], and, unless stored, the statistics of all.
 
     Each process takes a contiguous part: rows stay in file order, which the Inception Score depends on.
     keep=0 needs no memory that grows with N.
@@ -397,12 +398,13 @@ def compare(reference, samples, model, args):
 
 
 def floor(reference, sets, model, args):
-    """The metrics of two random disjoint parts of the reference, of `images` each; None if it has fewer than 8."""
+    """The metrics of two random disjoint parts of the reference, and their size; None with fewer than 8 images."""
     if not reference.features or len(reference.features[0]) < 8:
         return None
-    n = min(len(side.features[0]) // (2 if side is reference else 1) for side in (reference, *sets) if side.features)
-    parts = []
-    for rows in torch.from_numpy(np.random.RandomState(0).permutation(len(reference.features[0]))[: 2 * n]).split(n):
+    count = len(reference.features[0])
+    n = min([count // 2, *(len(side.features[0]) for side in sets if side.features)])
+    parts, order = [], torch.from_numpy(np.random.RandomState(0).permutation(count))
+    for rows in (order[:n], order[n : 2 * n]):
         features = [x[rows] for x in reference.features]
         statistics = [(x.mean(0), x.T.cov()) for x in map(torch.Tensor.double, features)]
         parts.append(SimpleNamespace(features=features, statistics=statistics))
@@ -417,25 +419,25 @@ def describe(side):
 
 def sampling_protocol(path):
     """The options that sample.py stored beside its images; None in other files."""
-    found = None
     with contextlib.suppress(ValueError, RecursionError):
         found = json.loads(str(read_members(path, "protocol").get("protocol")))
-    return found if isinstance(found, dict) else None
+        return found if isinstance(found, dict) else None
 
 
-def cautions(side):
-    """What makes the numbers of a side incomparable or missing, one line each."""
-    if not side.stored and side.images.shape[0] < 50_000:
-        yield f"{side.path}: {side.images.shape[0]} images; the fewer, the higher is FID; papers use 50,000"
+def warn(side):
+    """Says what makes the numbers of a side incomparable or missing."""
+    warning, n = f"fid.py: warning: {side.path}", side.images.shape[0] if side.images else 0
+    if not side.stored and n < 50_000:
+        print(f"{warning}: {n} images; the fewer, the higher is FID; papers use 50,000", file=sys.stderr)
     if len(side.stored) == 1:
-        yield f"{side.path}: mu and sigma only; sFID also needs mu_s and sigma_s, which --stats writes"
+        print(f"{warning}: no mu_s and sigma_s, which sFID needs; --stats writes them", file=sys.stderr)
     labels = side.images.labels if side.images else []
     if labels == sorted(labels) != labels[::-1]:  # in order, and not all equal
-        yield f"{side.path}: sorted by class, which makes the Inception Score far too low; shuffle samples"
+        print(f"{warning}: sorted by class, which makes the Inception Score far too low", file=sys.stderr)
 
 
 def report(reference, sets, model, weights, args, world):
-    """Prints the metrics of all sets and of the floor, what they hold for, and warnings; --json writes them."""
+    """Prints the metrics of all sets and of the floor, their protocol, and warnings; --json writes them, too."""
     network = {"network": "Inception 2015-12-05", "weights_sha256": weights, "resize": "TF1 bilinear to 299"}
     pixels = {"network": "8 x 8 grey pixels: a sanity figure, comparable with nothing published"}
     sha256 = None if reference.path.is_dir() else file_hash(reference.path)
@@ -443,7 +445,7 @@ def report(reference, sets, model, weights, args, world):
         "reference": describe(reference) | {"sha256": sha256},
         "features": (network if weights else pixels) | {"dtype": "fp32, statistics fp64"},
         "precision_recall": {"k": 3, "distances": "fp32" if args.fp32_distances else "fp16 rounding as ADM"},
-        "run": {"device": args.device, "processes": world, "torch": torch.__version__, "numpy": np.__version__},
+        "run": {"device": args.device, "processes": world, "torch": torch.__version__},
     }
     names, rows, lines = [str(side.path) for side in sets], [], list(shared.items())
     for side in sets:
@@ -461,8 +463,7 @@ def report(reference, sets, model, weights, args, world):
     for key, value in lines:
         print(f"{key:16}", ", ".join(f"{k} {v}" for k, v in value.items()) if value else "not recorded")
     for side in (reference, *sets):
-        for line in cautions(side):
-            print(f"fid.py: warning: {line}", file=sys.stderr)
+        warn(side)
     if args.json:
         with replacing(args.json) as temporary:
             temporary.write_text(json.dumps(result, indent=1))
@@ -476,14 +477,7 @@ def above_zero(text):
     return int(text)
 
 
-def existing(text):
-    """argparse type: a file or folder to read."""
-    if not os.path.isfile(text) and not os.path.isdir(text):
-        raise argparse.ArgumentTypeError(f"{text!r} does not exist; check the name")
-    return Path(text)
-
-
-def output(text):
+def output_file(text):
     """argparse type: a file to write, new or in place of an old one."""
     taken = os.path.exists(text) and not os.path.isfile(text)
     if taken or not text or not os.access(os.path.join(os.path.dirname(text), "."), os.W_OK):
@@ -497,18 +491,19 @@ def parse_args(argv=None):
     parser.error = fail  # one line, without the usage
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     add = parser.add_argument
-    add("reference", nargs="?", type=existing, metavar="REF", help=".npz or folder of images")
-    add("samples", nargs="*", type=existing, metavar="SAMPLES", help="the same, any number of them")
-    add("--stats", type=existing, metavar="IMAGES", help="make a reference of these images; compare nothing")
-    add("--out", type=output, help="the .npz that --stats writes")
-    add("--json", type=output, help="also write the results to this file (default: do not)")
+    add("reference", nargs="?", type=Path, metavar="REF", help=".npz or folder of images")
+    add("samples", nargs="*", type=Path, metavar="SAMPLES", help="the same, any number of them")
+    add("--stats", type=Path, metavar="IMAGES", help="make a reference of these images; compare nothing")
+    add("--out", type=output_file, help="the .npz that --stats writes")
+    add("--json", type=output_file, help="also write the results to this file (default: do not)")
     add("--image-size", type=above_zero, metavar="PIXELS", help="crop images of folders (default: do not)")
     add("--features", choices=["inception", "pixels"], default="inception", help="(default: %(default)s)")
-    add("--weights", type=existing, help="FID Inception weights (default: torch.hub's cache, or download)")
+    add("--weights", type=Path, help="FID Inception weights (default: torch.hub's cache, or download)")
     add("--batch-size", type=above_zero, default=64, help="images per process (default: %(default)s)")
     add("--device", choices=devices, default=devices[0], help="(default here: %(default)s)")
     add("--fp32-distances", action="store_true", help="do not round distances to fp16 (default: as ADM does)")
     args = parser.parse_intermixed_args(argv)
+    output = args.out or args.json
     inputs = {path.resolve() for path in (args.reference, *args.samples, args.stats, args.weights) if path}
     for wrong, message in (
         (not args.samples and not args.stats, "give REF and SAMPLES, or --stats IMAGES --out REF.npz"),
@@ -518,8 +513,7 @@ def parse_args(argv=None):
         (args.stats and not args.out, "--stats: name the file to make with --out REF.npz"),
         (args.out and args.out.suffix != ".npz", f"--out {args.out}: must end in .npz"),
         (args.out and not args.stats, "--out: only --stats makes a reference; results go to --json FILE"),
-        (args.out and args.out.resolve() in inputs, f"--out {args.out}: is an input; name another file"),
-        (args.json and args.json.resolve() in inputs, f"--json {args.json}: is an input; name another file"),
+        (output and output.resolve() in inputs, f"{output}: is an input and an output; name another file"),
     ):
         if wrong:
             fail(message)
@@ -554,4 +548,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names and foreign protocols may hold anything
     main()
