@@ -66,12 +66,12 @@ class InceptionV3(inception.Inception3):
     widths = (2048, 2023)  # D of the features that forward returns
 
     def __init__(self):
-        # torchvision: averages count the padding, Mixed_7c averages / here: they leave it out, Mixed_7c takes the
-        # maximum, because the TensorFlow graph of the weights does
+        # torchvision: averages count the padding, Mixed_7c averages / here: they leave it out, Mixed_7c takes
+        # the maximum, because the TensorFlow graph of the weights does
         mean = torch.nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
         a, c, e = (fid_block(getattr(inception, f"Inception{x}"), mean) for x in "ACE")
-        b, d, conv, aux = inception.InceptionB, inception.InceptionD, inception.BasicConv2d, inception.InceptionAux
-        blocks = [conv, a, b, c, d, e, aux]
+        b, d, aux = inception.InceptionB, inception.InceptionD, inception.InceptionAux
+        blocks = [inception.BasicConv2d, a, b, c, d, e, aux]
         super().__init__(num_classes=1008, aux_logits=False, init_weights=False, inception_blocks=blocks)
         self.Mixed_7c = fid_block(inception.InceptionE, torch.nn.MaxPool2d(3, stride=1, padding=1))(2048)
         self.eval().requires_grad_(False)
@@ -126,9 +126,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     shapes = [tuple(x.shape) for x in (mu1, sigma1, mu2, sigma2)]
     if shapes != [(len(mu1),), (len(mu1), len(mu1))] * 2:
         raise ValueError(f"frechet_distance needs shapes (D,), (D, D), (D,), (D, D), got {shapes}")
-    # official code: sqrtm(S1 S2) / here: eigenvalues of the symmetric R^T S2 R with S1 = R R^T, because they are
-    # the non-zero ones of S1 S2, and sqrtm is inexact for fewer images than D. R leaves out eigenvalues of S1 at
-    # rounding level, because their square roots would add up.
+    # official code: sqrtm(S1 S2) / here: eigenvalues of the symmetric R^T S2 R with S1 = R R^T, because they
+    # are the non-zero ones of S1 S2, and sqrtm is inexact for fewer images than D. R leaves out eigenvalues
+    # of S1 at rounding level, because their square roots would add up.
     values, vectors = torch.linalg.eigh(sigma1)
     keep = values > values[-1].clamp(min=0) * len(values) * torch.finfo(torch.float64).eps
     R = vectors[:, keep] * values[keep].sqrt()  #              [D, rank of S1]
@@ -367,7 +367,8 @@ def measure(side, model, args, rank=0, world=1, keep=1):
     with tqdm(total=len(indices), desc=side.path.name, unit="img", disable=rank > 0) as progress:
         starts = indices[:: args.batch_size]
         for i, batch in zip(starts, batches(side.images, indices, args.batch_size), strict=True):
-            outputs = model(torch.from_numpy(batch).to(args.device).permute(0, 3, 1, 2))
+            with naming(side.path, f"is --batch-size {args.batch_size} too large for the memory?"):
+                outputs = model(torch.from_numpy(batch).to(args.device).permute(0, 3, 1, 2))
             for x, total in zip(outputs, sums, strict=True):  # of x x^T and, in the last row, of x
                 total += F.pad(x, (0, 1), value=1).double().T @ x.double()
             for x, features in zip(outputs, side.features, strict=False):
@@ -398,7 +399,7 @@ def compare(reference, samples, model, args):
 
 
 def floor(reference, sets, model, args):
-    """The metrics of two random disjoint parts of the reference, and their size; None with fewer than 8 images."""
+    """The metrics of two random disjoint parts of the reference, and their size; None below 8 images."""
     if not reference.features or len(reference.features[0]) < 8:
         return None
     count = len(reference.features[0])
@@ -437,7 +438,7 @@ def warn(side):
 
 
 def report(reference, sets, model, weights, args, world):
-    """Prints the metrics of all sets and of the floor, their protocol, and warnings; --json writes them, too."""
+    """Prints the metrics of all sets and of the floor, their protocol, and warnings; --json writes them."""
     network = {"network": "Inception 2015-12-05", "weights_sha256": weights, "resize": "TF1 bilinear to 299"}
     pixels = {"network": "8 x 8 grey pixels: a sanity figure, comparable with nothing published"}
     sha256 = None if reference.path.is_dir() else file_hash(reference.path)
@@ -527,7 +528,9 @@ def main(argv=None):
     sides = [open_side(path, args) for path in paths]  # all are looked at before the work begins
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # TF32 moves the features
     if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        gpu = int(os.environ.get("LOCAL_RANK", 0))
+        with naming(f"GPU {gpu}", "start one process per GPU"):
+            torch.cuda.set_device(gpu)
     if world > 1:  # hours: a later part of a deflated file has more before it to unpack
         dist.init_process_group("gloo" if args.device == "cpu" else "nccl", timeout=timedelta(hours=6))
     model, weights = PixelFeatures(), None

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import resource
+import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -746,3 +747,30 @@ def test_two_processes_equal_one(tmp_path):
     assert (two["precision"], two["recall"]) == (one["precision"], one["recall"])
     assert two["floor"]["images"] == 5 and two["floor"]["fid"] == pytest.approx(one["floor"]["fid"], abs=1e-6)
     assert two["protocol"]["run"]["processes"] == 2
+
+
+def test_a_failing_rank_ends_all(tmp_path):
+    """Only the second process reads the damaged image; the first one waits for its features."""
+    damaged_folder(tmp_path / "images")
+    np.savez(tmp_path / "a.npz", arr_0=noise(8))
+    argv = (tmp_path / "a.npz", tmp_path / "images", *PIXELS, "--json", tmp_path / "x.json")
+    start = time.monotonic()
+    done = launch("fid.py", *argv, processes=2, check=False)
+    assert done.returncode and time.monotonic() - start < 60
+    line = next(line for line in done.stderr.splitlines() if line.startswith(("fid.py:", "Traceback")))
+    assert "3.png: cannot be used" in line and not (tmp_path / "x.json").exists()
+
+
+def test_odd_text_does_not_stop_the_report(tmp_path):
+    text = np.array('{"sampler": "\\ud800"}')  # half of a character: no terminal can show it
+    np.savez(tmp_path / "a.npz", arr_0=noise(4), protocol=text)
+    done = launch("fid.py", tmp_path / "a.npz", tmp_path / "a.npz", *PIXELS, "--device", "cpu")
+    assert "sampler" in done.stdout
+
+
+def test_help_shows_the_defaults(capsys):
+    with pytest.raises(SystemExit):
+        fid.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for option in ("--features {inception,pixels} (default: inception)", "images per process (default: 64)"):
+        assert option in text
