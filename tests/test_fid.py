@@ -772,5 +772,5 @@ def test_help_shows_the_defaults(capsys):
     with pytest.raises(SystemExit):
         fid.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for option in ("--features {inception,pixels} (default: inception)", "images per process (default: 64)"):
+    for option in ("pixels need no weights (default: inception)", "images per process (default: 64)"):
         assert option in text
