@@ -10,8 +10,8 @@ REF and SAMPLES are an ADM .npz (`arr_0`, uint8 [N, H, W, 3]) or a folder of ima
 statistics (`mu sigma mu_s sigma_s`, in ADM's references of the training set), FID and sFID use them, and the
 images serve precision and recall only. Judge generation against the training set, reconstruction against the
 validation set. The floor row is what real images score, which is not 0: two random disjoint parts of the
-reference against each other, each as large as the smallest set of samples, or half the reference. Fewer images
-on either side raise FID, so that samples against a larger reference may score below the floor.
+reference against each other, each as large as the smallest set of samples, or half the reference. FID falls
+with the number of images on either side: samples against a larger reference may score below the floor.
 
 "ADM" below is evaluations/evaluator.py of openai/guided-diffusion, the official code.
     FID        arXiv 1706.08500   |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of 2048 pooled features
@@ -376,8 +376,9 @@ def measure(side, model, args, rank=0, world=1, keep=1):
                 features[i : i + len(batch)] = x
             progress.update(len(batch))
     if world > 1:
-        for x in (*side.features, *sums):  # a sum collects the rows, too: those of other processes are 0 here
-            dist.all_reduce(x)
+        with naming("the other processes", "the first message says why"):
+            for x in (*side.features, *sums):  # rows, too: those of other processes are 0 here
+                dist.all_reduce(x)
     sums = [x.cpu().numpy() for x in sums]
     if not all(np.isfinite(x).all() for x in sums):
         fail(f"{side.path}: its features are not finite; are the weights intact?")
@@ -499,7 +500,7 @@ def parse_args(argv=None):
     add("--out", type=output_file, help="the .npz that --stats writes")
     add("--json", type=output_file, help="also write the results to this file (default: do not)")
     add("--image-size", type=above_zero, metavar="PIXELS", help="crop images of folders (default: do not)")
-    add("--features", choices=["inception", "pixels"], default="inception", help="pixels need no weights (default: %(default)s)")
+    add("--features", choices=["inception", "pixels"], default="inception", help="(default: %(default)s)")
     add("--weights", type=Path, help="FID Inception weights (default: torch.hub's cache, or download)")
     add("--batch-size", type=above_zero, default=64, help="images per process (default: %(default)s)")
     add("--device", choices=devices, default=devices[0], help="(default here: %(default)s)")
