@@ -6,19 +6,16 @@
     python fid.py digits.npz samples.npz --features pixels              # no weights: a sanity figure only
     torchrun --nproc_per_node=8 fid.py REF SAMPLES                      # features on 8 GPUs
 
-REF and SAMPLES are an ADM .npz (`arr_0`, uint8 [N, H, W, 3]) or a folder of images. Where an .npz stores
-statistics (`mu sigma mu_s sigma_s`, in ADM's references of the training set), FID and sFID use them, and the
-images serve precision and recall only. Judge generation against the training set, reconstruction against the
-validation set. The floor row is what real images score, which is not 0: two random disjoint parts of the
-reference against each other, each as large as the smallest set of samples, or half the reference. FID falls
-with the number of images on either side: samples against a larger reference may score below the floor.
+REF and SAMPLES are an .npz (`arr_0`) or an .npy, uint8 [N, H, W, 3], or a folder of images. Where an .npz
+stores statistics (`mu sigma mu_s sigma_s`: ADM's references, of the training set), FID and sFID use them.
+Judge generation against the training set, reconstruction against the validation set. The floor row is what
+real images score: n random ones of REF against its others, n the size of the smallest set, at most N // 2.
 
-"ADM" below is evaluations/evaluator.py of openai/guided-diffusion, the official code.
     FID        arXiv 1706.08500   |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of 2048 pooled features
     sFID       arXiv 2103.03841   the same of 7 channels of a 17 x 17 map (2023 values): sees where things are
     IS         arXiv 1606.03498   exp(mean KL(p(class | image) || p(class))): sharp and varied
     precision  arXiv 1904.06991   share of samples inside the reference manifold; recall: the reverse
-Shapes: N, M images, H, W height and width, D feature width, C classes.
+ADM: evaluations/evaluator.py of openai/guided-diffusion. Shapes: N, M images, D feature width, C classes.
 """
 
 import argparse
@@ -28,16 +25,13 @@ import json
 import math
 import os
 import sys
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import Image
 from torchvision.models import inception
 from tqdm import tqdm
@@ -45,36 +39,32 @@ from tqdm import tqdm
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
+EXTRA = (*STATISTICS, "arr_1", "protocol")  # what an .npz may hold beside its images
 PR_IMAGES = 10_000  # that --stats keeps for precision and recall, as many as ADM's references hold
 PR_BLOCK = 10_000  # rows and columns per block of distances, ADM's: its test for fp16 overflow is per block
 
 
 # ---- network: the Inception v3 of 2015-12-05; other trainings of Inception v3 give other numbers
-def fid_block(block, pool):
-    """torchvision's Inception block with another pooling in front of its last branch."""
-
-    class FIDBlock(block):
-        def _forward(self, x):  # torchvision's last branch is computed in vain: 5 % of the time
-            return [*super()._forward(x)[:-1], self.branch_pool(pool(x))]
-
-    return FIDBlock
+def repool(block, inputs, output):
+    """Forward hook: computes the last branch of a torchvision Inception block again, with block.pool."""
+    branch = block.branch_pool(block.pool(*inputs))
+    output[:, -branch.shape[1] :] = branch
 
 
 class InceptionV3(inception.Inception3):
     """FID Inception v3, parameters named as in the published weights: 472 tensors, 1008 classes."""
 
-    widths = (2048, 2023)  # D of the features that forward returns
+    name, widths = "Inception 2015-12-05, TF1 bilinear resize to 299", (2048, 2023)  # D of its two features
 
     def __init__(self):
+        super().__init__(num_classes=1008, aux_logits=False, init_weights=False)
         # torchvision: averages count the padding, Mixed_7c averages / here: they leave it out, Mixed_7c takes
         # the maximum, because the TensorFlow graph of the weights does
-        mean = torch.nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
-        a, c, e = (fid_block(getattr(inception, f"Inception{x}"), mean) for x in "ACE")
-        b, d, aux = inception.InceptionB, inception.InceptionD, inception.InceptionAux
-        blocks = [inception.BasicConv2d, a, b, c, d, e, aux]
-        super().__init__(num_classes=1008, aux_logits=False, init_weights=False, inception_blocks=blocks)
-        self.Mixed_7c = fid_block(inception.InceptionE, torch.nn.MaxPool2d(3, stride=1, padding=1))(2048)
+        for block in (x for x in self.children() if hasattr(x, "branch_pool")):
+            block.pool = torch.nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
+            block.register_forward_hook(repool)
+        self.Mixed_7c.pool = torch.nn.MaxPool2d(3, stride=1, padding=1)
         self.eval().requires_grad_(False)
 
     def forward(self, images):
@@ -91,12 +81,9 @@ class InceptionV3(inception.Inception3):
 
 
 def tf1_resize(images, size):
-    """Bilinear resize of TensorFlow 1: no half-pixel offset, no antialiasing, no rounding.
-
-    images [N, C, H, W], uint8 or float -> float32 [N, C, size, size], on the CPU bit-equal to TensorFlow's
-    """
+    """TensorFlow 1's bilinear resize, without half-pixel offset: [N, C, H, W] -> fp32 [N, C, size, size]."""
     x = images.float()
-    for dim in (3, 2):  # x before y, and not torch.lerp: both would round differently
+    for dim in (3, 2):  # bit-equal to TensorFlow on the CPU, with y before x or torch.lerp not
         length = x.shape[dim]
         source = torch.arange(size, device=x.device).float() * (length / size)  # fp32, as in TensorFlow
         low = source.long()
@@ -107,29 +94,24 @@ def tf1_resize(images, size):
 
 
 class PixelFeatures(torch.nn.Module):
-    """Grey 8 x 8 thumbnails instead of a network: shows that a toy run learns, and no more."""
+    """images [N, 3, H, W] -> ([N, 64],), grey 8 x 8 thumbnails: shows that a toy run learns, and no more."""
 
-    widths = (64,)
+    name, widths = "8 x 8 grey pixels: a sanity figure, comparable with nothing published", (64,)
 
     def forward(self, images):
-        """images [N, 3, H, W], values 0..255 -> one kind of features, [N, 64] in 0..1."""
-        return (F.adaptive_avg_pool2d(images.float().mean(1) / 255, 8).flatten(1),)
+        return (torch.nn.functional.adaptive_avg_pool2d(images.float().mean(1) / 255, 8).flatten(1),)
 
 
 # ---- metrics: pure functions
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """Squared Frechet distance of two Gaussians (arXiv 1706.08500, eq. 6), computed in fp64.
-
-    mu [D], sigma [D, D], tensors or arrays -> float, in squared units of the features. ValueError otherwise.
-    """
+    """Squared Frechet distance (arXiv 1706.08500, eq. 6): mu [D], sigma [D, D] -> float, or ValueError."""
     given = (mu1, sigma1, mu2, sigma2)
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in given)
     shapes = [tuple(x.shape) for x in (mu1, sigma1, mu2, sigma2)]
     if shapes != [(len(mu1),), (len(mu1), len(mu1))] * 2:
         raise ValueError(f"frechet_distance needs shapes (D,), (D, D), (D,), (D, D), got {shapes}")
-    # official code: sqrtm(S1 S2) / here: eigenvalues of the symmetric R^T S2 R with S1 = R R^T, because they
-    # are the non-zero ones of S1 S2, and sqrtm is inexact for fewer images than D. R leaves out eigenvalues
-    # of S1 at rounding level, because their square roots would add up.
+    # official code: sqrtm(S1 S2) / here: eigenvalues of R^T S2 R with S1 = R R^T, the same but for zeros,
+    # because sqrtm is inexact for fewer images than D. Square roots of rounding errors in S1 would add up.
     values, vectors = torch.linalg.eigh(sigma1)
     keep = values > values[-1].clamp(min=0) * len(values) * torch.finfo(torch.float64).eps
     R = vectors[:, keep] * values[keep].sqrt()  #              [D, rank of S1]
@@ -139,10 +121,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def inception_score(logits, split_size=5000):
-    """Inception Score (arXiv 1606.03498): exp(mean KL(p(y|x) || p(y))), averaged over splits of the rows.
-
-    logits [N, C], without bias -> float in [1, C]. Splits are consecutive: too low for rows sorted by class.
-    """
+    """Inception Score (arXiv 1606.03498) of logits [N, C] without bias, averaged over splits of the rows."""
     scores = []
     for split in logits.split(split_size):
         log_p = split.double().log_softmax(1)  # official code: log(softmax), NaN where that underflows
@@ -152,10 +131,8 @@ def inception_score(logits, split_size=5000):
 
 
 def squared_distances(u, v, fp16):
-    """|u|^2 - 2 u.v + |v|^2 of all pairs of rows: u [N, D], v [M, D] -> fp32 [N, M].
-
-    fp16 rounds every intermediate to half precision as ADM does (sums are fp32), unless one overflows.
-    """
+    """|u|^2 - 2 u.v + |v|^2 of all pairs of rows: u [N, D], v [M, D] -> fp32 [N, M]."""
+    # ADM rounds every intermediate but sums to fp16, unless one overflows: P, R rise by 0.001 to 0.002
     for dtype in (torch.float16, torch.float32) if fp16 else (torch.float32,):
         x, y = u.to(dtype), v.to(dtype)
         norm_x, norm_y = ((z * z).float().sum(1).to(dtype) for z in (x, y))
@@ -178,11 +155,7 @@ def manifold_share(points, manifold, k, fp16):
 
 
 def precision_recall(reference, samples, k=3, fp16=True):
-    """Improved precision and recall (arXiv 1904.06991): the share of each set in the manifold of the other.
-
-    reference [N, D], samples [M, D] -> two floats. ValueError for sets of k rows or fewer.
-    fp16=True rounds distances as ADM does, which adds 0.001 to 0.002 to both, and to all published figures.
-    """
+    """Precision and recall (arXiv 1904.06991): reference [N, D], samples [M, D], N, M > k -> two floats."""
     if min(len(reference), len(samples)) <= k:
         raise ValueError(f"precision_recall needs more than {k} rows: {len(reference)}, {len(samples)}")
     return manifold_share(samples, reference, k, fp16), manifold_share(reference, samples, k, fp16)
@@ -200,58 +173,48 @@ def naming(path, remedy="is the name right, the file complete? copy or download 
     try:
         yield
     except Exception as error:
-        reason = " ".join((getattr(error, "strerror", None) or str(error)).split())
-        reason = reason.split(". ")[0].rstrip(".")[:200]  # PyTorch's messages go on for many lines
+        reason = " ".join(str(error).split())[:200]  # PyTorch's messages go on for many lines
         fail(f"{path}: cannot be used ({type(error).__name__}: {reason}); {remedy}")
 
 
-@contextlib.contextmanager
-def replacing(path):
-    """Yields a temporary path. Only a finished file takes the place of an old one."""
+def write(path, save):
+    """Calls save(file). Only a finished file takes the place of an old one."""
     temporary = path.with_name(f"{path.name}.tmp")
     with naming(path, "name another file or free the disk"):
         try:
-            yield temporary
+            with open(temporary, "wb") as file:
+                save(file)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
 
 def file_hash(path):
-    """First 16 hexadecimal digits of a file's SHA-256."""
-    with naming(path):
-        return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()[:16]
-
-
-def read_members(path, *names):
-    """Those of the named arrays that an .npz has; none of a folder. Pickled objects are refused."""
-    if os.path.isdir(path):
-        return {}
-    with naming(path), np.lib.npyio.NpzFile(path, allow_pickle=False) as archive:
-        return {name: archive[name] for name in names if name in archive.files}
+    """First 16 hexadecimal digits of a file's SHA-256; None for a folder."""
+    return None if path.is_dir() else hashlib.sha256(np.memmap(path, mode="r")).hexdigest()[:16]
 
 
 class ArrayImages:
-    """Images of an .npz (`arr_0`, stored or deflated), read one by one: 50,000 of 256 x 256 are 10 GB."""
-
-    threads = 1  # more would share the position in the file
+    """Images of an .npz (`arr_0`, deflated or not) or .npy, read one by one: there may be 10 GB of them."""
 
     def __init__(self, path):
-        self.path = path
+        self.path, self.shape, self.extra = path, (0,), {}  # extra: the small arrays of an .npz
         with naming(path):
-            archive = zipfile.ZipFile(path)
-            self.file, size = archive.open("arr_0.npy"), archive.getinfo("arr_0.npy").file_size
+            if path.suffix == ".npy":
+                self.file, size = open(path, "rb"), path.stat().st_size
+            else:
+                archive = np.lib.npyio.NpzFile(path, allow_pickle=False)
+                self.extra = {name: archive[name] for name in EXTRA if name in archive.files}
+                if "mu" in self.extra and "arr_0" not in archive.files:
+                    return
+                self.file, size = archive.zip.open("arr_0.npy"), archive.zip.getinfo("arr_0.npy").file_size
             np.lib.format.read_magic(self.file)
             self.shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(self.file)
-            self.start = self.file.tell()
-            if self.start + math.prod(self.shape) > size:  # before anything of that size is allocated
-                raise ValueError(f"arr_0 claims {list(self.shape)} images, but has {size} bytes")
-        if dtype != np.uint8 or fortran_order or self.shape[3:] != (3,) or 0 in self.shape[1:]:
-            found = f"{'Fortran-ordered ' if fortran_order else ''}{dtype} {list(self.shape)}"
-            remedy = "(127.5 * x + 128).clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1).copy()"
-            fail(f"{path}: {found}, expected uint8 [N, H, W, 3]; for float NCHW x in [-1, 1] save {remedy}")
-        labels = read_members(path, "arr_1").get("arr_1", np.zeros(0))
-        self.labels = labels.tolist() if labels.dtype.kind in "iu" and labels.shape == self.shape[:1] else []
+        self.start = self.file.tell()
+        complete = not fortran_order and self.start + math.prod(self.shape) == size
+        if dtype != np.uint8 or self.shape[3:] != (3,) or 0 in self.shape[1:] or not complete:
+            found = f"{dtype} {list(self.shape)} in {size} bytes, expected uint8 [N, H, W, 3] in C order"
+            fail(f"{path}: {found}; of float NCHW in [-1, 1] save 127.5 * x + 128, clipped and transposed")
 
     def __getitem__(self, i):
         size = math.prod(self.shape[1:])
@@ -263,14 +226,12 @@ class ArrayImages:
 class FolderImages:
     """Images of a folder and its subfolders, sorted by path, as RGB; cropped if a size is given."""
 
-    threads = None  # the executor's choice: PIL decodes outside the interpreter lock
-
     def __init__(self, path, size):
         self.path, self.size = path, size
         walk = os.walk(path, onerror=fail)  # without it, a folder that cannot be opened would be left out
         found = (Path(folder, name) for folder, _, names in walk for name in names)
-        self.files = sorted(file for file in found if file.suffix.lower() in IMAGE_SUFFIXES)
-        self.labels = [str(file.parent) for file in self.files]
+        self.files = sorted(x for x in found if x.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
+        self.extra = {"arr_1": np.unique([str(x.parent) for x in self.files], return_inverse=True)[1]}
         self.shape = (len(self.files), *(self[0].shape if self.files else ()))
 
     def __getitem__(self, i):
@@ -289,57 +250,33 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-def batches(images, indices, batch_size):
-    """Yields uint8 [batch, H, W, 3]."""
-    with ThreadPoolExecutor(images.threads) as pool:
-        for i in range(0, len(indices), batch_size):
-            batch = list(pool.map(images.__getitem__, indices[i : i + batch_size]))
-            if {image.shape for image in batch} != {images.shape[1:]}:
-                fail(f"{images.path}: holds images of different sizes; crop them to one with --image-size")
-            yield np.stack(batch)
-
-
-def stored_statistics(path):
-    """The pairs (mu, sigma) and (mu_s, sigma_s) of an .npz, as far as it has them."""
-    pairs = []
-    for d, names in zip(InceptionV3.widths, (("mu", "sigma"), ("mu_s", "sigma_s")), strict=True):
-        pair = list(read_members(path, *names).values())
-        if len(pair) < 2:
-            break
-        numbers = all(x.dtype.kind == "f" and (np.abs(x) < 1e100).all() for x in pair)  # no NaN, no overflow
-        if [x.shape for x in pair] != [(d,), (d, d)] or not numbers:
-            found = " and ".join(f"{x.dtype} {x.shape}" for x in pair)
-            fail(f"{path}: {names} are {found}, not finite ({d},) and ({d}, {d}); make it again with --stats")
-        pairs.append([x.astype(np.float64) for x in pair])
-    return pairs
-
-
 def open_side(path, args):
-    """One side of a comparison: stored statistics, perhaps none, and images, None if there are none."""
-    stored = stored_statistics(path) if args.features == "inception" and not args.stats else []
-    side = SimpleNamespace(path=path, stored=stored, statistics=stored, images=None, features=[])
-    if not stored or "arr_0.npy" in zipfile.ZipFile(path).namelist():
-        side.images = FolderImages(path, args.image_size) if os.path.isdir(path) else ArrayImages(path)
-        n, *shape = side.images.shape
-        if n < 4:
-            fail(f"{path}: holds {n} images; at least 4 are needed, and 50,000 for a figure to quote")
-        if args.image_size and shape[:2] != 2 * [args.image_size]:
-            fail(f"{path}: holds images of {shape}; --image-size {args.image_size} crops folders only")
+    """One side of a comparison: its images, if any, and `stored`: (mu, sigma) and (mu_s, sigma_s), if any."""
+    side = FolderImages(path, args.image_size) if path.is_dir() else ArrayImages(path)
+    side.stored, side.features = [], []
+    widths = InceptionV3.widths if args.features == "inception" and not args.stats else ()
+    with naming(path, "make it again with --stats"):
+        arrays = iter([side.extra[name].astype(np.float64) for name in STATISTICS if name in side.extra])
+        for d, mu, sigma in zip(widths, arrays, arrays, strict=False):
+            # above 1e100, products overflow; not to be written as > 1e100, because of NaN
+            if (mu.shape, sigma.shape) != ((d,), (d, d)) or not np.abs(np.vstack([mu, sigma])).max() < 1e100:
+                raise ValueError(f"{STATISTICS} are not finite arrays of shape ({d},) and ({d}, {d})")
+            side.stored.append((mu, sigma))
+    side.statistics, (n, *shape) = side.stored, side.shape
+    kind = "stored" if side.stored else "computed"
+    side.summary = {"path": str(path), "images": list(side.shape), "statistics": kind}
+    if n < 4 and (n or not side.stored):
+        fail(f"{path}: holds {n} images; at least 4 are needed, and 50,000 for a figure to quote")
+    if n and args.image_size and shape[:2] != 2 * [args.image_size]:
+        fail(f"{path}: holds images of {shape}; --image-size {args.image_size} crops folders only")
     return side
 
 
-def write_reference(path, statistics, images, batch_size):
+def write_reference(path, side):
     """An ADM reference file: statistics, and 10,000 random images, or all, for precision and recall."""
-    chosen = np.sort(np.random.RandomState(0).permutation(images.shape[0])[:PR_IMAGES])
-    (mu, sigma), (mu_s, sigma_s) = statistics
-    with replacing(path) as temporary:
-        with open(temporary, "wb") as f:
-            np.savez(f, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
-        header = {"descr": "|u1", "fortran_order": False, "shape": (len(chosen), *images.shape[1:])}
-        with zipfile.ZipFile(temporary, "a") as file, file.open("arr_0.npy", "w", force_zip64=True) as f:
-            np.lib.format.write_array_header_1_0(f, header)
-            for batch in batches(images, chosen, batch_size):  # 10,000 images of 512 x 512 are 8 GB
-                f.write(batch.tobytes())
+    chosen = np.sort(np.random.RandomState(0).permutation(side.shape[0])[:PR_IMAGES])
+    arrays = dict(zip(STATISTICS, (x for pair in side.statistics for x in pair), strict=True))
+    write(path, lambda file: np.savez(file, **arrays, arr_0=np.stack([side[i] for i in chosen])))
 
 
 def load_weights(model, path):
@@ -355,35 +292,32 @@ def load_weights(model, path):
 
 
 # ---- features and report
-def measure(side, model, args, rank=0, world=1, keep=1):
-    """Sets the first `keep` kinds of features of a side, [N, D], and, unless stored, the statistics of all.
-
-    Each process takes a contiguous part: rows stay in file order, which the Inception Score depends on.
-    keep=0 needs no memory that grows with N.
-    """
-    n = side.images.shape[0]
-    indices = range(n * rank // world, n * (rank + 1) // world)
-    side.features = [torch.zeros(n, d, device=args.device) for d in model.widths[:keep]]
+def measure(side, model, args, rank, world):
+    """Sets the features of a side, each kind [N, D], but with --stats, and its statistics, unless stored."""
+    n, size = side.shape[0], args.batch_size
+    steps = range(n * rank // world, n * (rank + 1) // world, size)  # rows stay in file order, for IS
+    if not args.stats:
+        side.features = [torch.zeros(n, d, device=args.device) for d in model.widths]
     sums = [torch.zeros(d + 1, d, dtype=torch.float64, device=args.device) for d in model.widths]
-    with tqdm(total=len(indices), desc=side.path.name, unit="img", disable=rank > 0) as progress:
-        starts = indices[:: args.batch_size]
-        for i, batch in zip(starts, batches(side.images, indices, args.batch_size), strict=True):
-            with naming(side.path, f"is --batch-size {args.batch_size} too large for the memory?"):
-                outputs = model(torch.from_numpy(batch).to(args.device).permute(0, 3, 1, 2))
+    with ThreadPoolExecutor(1 if isinstance(side, ArrayImages) else None) as pool:  # a file has one position
+        for i in tqdm(steps, side.path.name, unit=" batches", disable=rank > 0):
+            batch = list(pool.map(side.__getitem__, range(i, min(i + size, steps.stop))))
+            if {image.shape for image in batch} != {side.shape[1:]}:
+                fail(f"{side.path}: holds images of different sizes; crop them to one with --image-size")
+            with naming(side.path, f"is --batch-size {size} too large for the memory?"):
+                outputs = model(torch.from_numpy(np.stack(batch)).to(args.device).permute(0, 3, 1, 2))
             for x, total in zip(outputs, sums, strict=True):  # of x x^T and, in the last row, of x
-                total += F.pad(x, (0, 1), value=1).double().T @ x.double()
+                total += torch.nn.functional.pad(x, (0, 1), value=1).double().T @ x.double()
             for x, features in zip(outputs, side.features, strict=False):
                 features[i : i + len(batch)] = x
-            progress.update(len(batch))
     if world > 1:
         with naming("the other processes", "the first message says why"):
             for x in (*side.features, *sums):  # rows, too: those of other processes are 0 here
                 dist.all_reduce(x)
-    sums = [x.cpu().numpy() for x in sums]
-    if not all(np.isfinite(x).all() for x in sums):
+    if not all(x.isfinite().all() for x in sums):
         fail(f"{side.path}: its features are not finite; are the weights intact?")
-    computed = [(x[-1] / n, (x[:-1] - np.outer(x[-1], x[-1]) / n) / (n - 1)) for x in sums]
-    side.statistics = side.stored or computed
+    moments = [(x[:-1].cpu() / n, x[-1].cpu() / n) for x in sums]
+    side.statistics = side.stored or [(m, (xx - m.outer(m)) * n / (n - 1)) for xx, m in moments]
 
 
 def compare(reference, samples, model, args):
@@ -391,9 +325,8 @@ def compare(reference, samples, model, args):
     results = dict.fromkeys(METRICS)
     for name, r, s in zip(METRICS[:2], reference.statistics, samples.statistics, strict=False):
         results[name] = frechet_distance(*r, *s)
-    if samples.features and args.features == "inception":
-        logits = samples.features[0] @ model.fc.weight.T  # no bias, as ADM
-        results["inception_score"] = inception_score(logits)
+    if samples.features and args.features == "inception":  # logits without bias, as ADM
+        results["inception_score"] = inception_score(samples.features[0] @ model.fc.weight.T)
     if samples.features and reference.features:
         pair = precision_recall(reference.features[0], samples.features[0], fp16=not args.fp32_distances)
         results["precision"], results["recall"] = pair
@@ -401,122 +334,87 @@ def compare(reference, samples, model, args):
 
 
 def floor(reference, sets, model, args):
-    """The metrics of two random disjoint parts of the reference, and their size; None below 8 images."""
-    if not reference.features or len(reference.features[0]) < 8:
+    """The metrics of n random images of the reference against its N - n others; None below 8 images."""
+    count = reference.shape[0]
+    n = min([count // 2, *(side.shape[0] for side in sets if side.features)])
+    if n < 4:
         return None
-    count = len(reference.features[0])
-    n = min([count // 2, *(len(side.features[0]) for side in sets if side.features)])
-    parts, order = [], torch.from_numpy(np.random.RandomState(0).permutation(count))
-    for rows in (order[:n], order[n : 2 * n]):
-        features = [x[rows] for x in reference.features]
-        statistics = [(x.mean(0), x.T.cov()) for x in map(torch.Tensor.double, features)]
-        parts.append(SimpleNamespace(features=features, statistics=statistics))
-    return compare(*parts, model, args) | {"images": n}
+    order = torch.from_numpy(np.random.RandomState(0).permutation(count))
+    parts = [argparse.Namespace(features=[x[i] for x in reference.features]) for i in (order[n:], order[:n])]
+    for part in parts:
+        part.statistics = [(x.mean(0), x.T.cov()) for x in map(torch.Tensor.double, part.features)]
+    name = f"floor: {n} of REF against its other {count - n}"
+    return {"set": name, "images": n} | compare(*parts, model, args)
 
 
-def describe(side):
-    """What the protocol says of a side."""
-    shape = list(side.images.shape) if side.images else None
-    return {"path": str(side.path), "images": shape, "statistics": "stored" if side.stored else "computed"}
-
-
-def sampling_protocol(path):
-    """The options that sample.py stored beside its images; None in other files."""
-    with contextlib.suppress(ValueError, RecursionError):
-        found = json.loads(str(read_members(path, "protocol").get("protocol")))
-        return found if isinstance(found, dict) else None
-
-
-def warn(side):
-    """Says what makes the numbers of a side incomparable or missing."""
-    warning, n = f"fid.py: warning: {side.path}", side.images.shape[0] if side.images else 0
-    if not side.stored and n < 50_000:
-        print(f"{warning}: {n} images; the fewer, the higher is FID; papers use 50,000", file=sys.stderr)
-    if len(side.stored) == 1:
-        print(f"{warning}: no mu_s and sigma_s, which sFID needs; --stats writes them", file=sys.stderr)
-    labels = side.images.labels if side.images else []
-    if labels == sorted(labels) != labels[::-1]:  # in order, and not all equal
-        print(f"{warning}: sorted by class, which makes the Inception Score far too low", file=sys.stderr)
-
-
-def report(reference, sets, model, weights, args, world):
+def report(sides, model, weights, args, world):
     """Prints the metrics of all sets and of the floor, their protocol, and warnings; --json writes them."""
-    network = {"network": "Inception 2015-12-05", "weights_sha256": weights, "resize": "TF1 bilinear to 299"}
-    pixels = {"network": "8 x 8 grey pixels: a sanity figure, comparable with nothing published"}
-    sha256 = None if reference.path.is_dir() else file_hash(reference.path)
+    reference, *sets = sides
     shared = {
-        "reference": describe(reference) | {"sha256": sha256},
-        "features": (network if weights else pixels) | {"dtype": "fp32, statistics fp64"},
+        "reference": reference.summary | {"sha256": file_hash(reference.path)},
+        "features": {"network": model.name, "weights_sha256": weights, "dtype": "fp32, statistics fp64"},
         "precision_recall": {"k": 3, "distances": "fp32" if args.fp32_distances else "fp16 rounding as ADM"},
         "run": {"device": args.device, "processes": world, "torch": torch.__version__},
     }
-    names, rows, lines = [str(side.path) for side in sets], [], list(shared.items())
+    rows, protocol = [], list(shared.items())
     for side in sets:
-        own = {"samples": describe(side), "sampling": sampling_protocol(side.path)}
-        rows.append(compare(reference, side, model, args) | {"protocol": shared | own})
-        lines += own.items()
-    result = (rows[0] if len(rows) == 1 else {"sets": rows}) | {"floor": floor(reference, sets, model, args)}
-    if result["floor"]:
-        names.append("floor, {images} against {images} of REF".format(**result["floor"]))
-    width = max(map(len, names))
-    print(" " * width, *(f"{key:>15}" for key in METRICS))
-    for name, row in zip(names, [*rows, result["floor"]], strict=False):
-        values = ("-" if row[key] is None else f"{row[key]:.4f}" for key in METRICS)
-        print(f"{name:{width}}", *(f"{value:>15}" for value in values))
-    for key, value in lines:
+        own = {"samples": side.summary, "sampling": None}
+        with contextlib.suppress(ValueError, TypeError, RecursionError):  # what sample.py stored, if it did
+            own["sampling"] = dict(json.loads(str(side.extra.get("protocol"))))
+        rows.append(compare(reference, side, model, args) | {"set": str(side.path), "protocol": shared | own})
+        protocol += own.items()
+    real = floor(reference, sets, model, args)
+    result = (rows[0] if len(rows) == 1 else {"sets": rows}) | {"floor": real}
+    print(*(f"{key:>15}" for key in METRICS))
+    for row in filter(None, (*rows, real)):  # + 0 turns -0.0 into 0.0
+        values = ("-" if row[key] is None else f"{round(row[key], 4) + 0:.4f}" for key in METRICS)
+        print(*(f"{value:>15}" for value in values), "", row["set"])
+    for key, value in protocol:
         print(f"{key:16}", ", ".join(f"{k} {v}" for k, v in value.items()) if value else "not recorded")
-    for side in (reference, *sets):
-        warn(side)
+    for side in sides:
+        n, labels = side.shape[0], side.extra.get("arr_1", np.zeros(0))
+        labelled = side in sets and labels.shape == (n,) and labels.dtype.kind in "iu"
+        ascending = labelled and len(np.unique(labels)) > 1 and (labels == np.sort(labels)).all()
+        for wrong, message in (
+            (not side.stored and n < 50_000, f"{n} images; the fewer, the higher is FID; papers use 50,000"),
+            (len(side.stored) == 1, "no mu_s and sigma_s, which sFID needs; --stats writes them"),
+            (ascending, "sorted by class, which makes the Inception Score far too low"),
+        ):
+            if wrong:
+                print(f"fid.py: warning: {side.path}: {message}", file=sys.stderr)
     if args.json:
-        with replacing(args.json) as temporary:
-            temporary.write_text(json.dumps(result, indent=1))
+        write(args.json, lambda file: file.write(json.dumps(result, indent=1).encode()))
 
 
 # ---- command line
-def above_zero(text):
-    """argparse type: a whole number above 0."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def output_file(text):
-    """argparse type: a file to write, new or in place of an old one."""
-    taken = os.path.exists(text) and not os.path.isfile(text)
-    if taken or not text or not os.access(os.path.join(os.path.dirname(text), "."), os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be written; name a file in an existing folder")
-    return Path(text)
-
-
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser("fid.py", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = fail  # one line, without the usage
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     add = parser.add_argument
-    add("reference", nargs="?", type=Path, metavar="REF", help=".npz or folder of images")
-    add("samples", nargs="*", type=Path, metavar="SAMPLES", help="the same, any number of them")
-    add("--stats", type=Path, metavar="IMAGES", help="make a reference of these images; compare nothing")
-    add("--out", type=output_file, help="the .npz that --stats writes")
-    add("--json", type=output_file, help="also write the results to this file (default: do not)")
-    add("--image-size", type=above_zero, metavar="PIXELS", help="crop images of folders (default: do not)")
+    add("paths", nargs="*", type=Path, metavar="REF SAMPLES", help="each an .npz, .npy or folder")
+    add("--stats", action="store_true", help="make a reference of one set of images; compare nothing")
+    add("--out", type=Path, metavar="REF", help="the .npz that --stats writes")
+    add("--json", type=Path, metavar="FILE", help="also write the results to this file (default: do not)")
+    add("--image-size", type=int, metavar="PIXELS", help="crop images of folders (default: do not)")
     add("--features", choices=["inception", "pixels"], default="inception", help="(default: %(default)s)")
     add("--weights", type=Path, help="FID Inception weights (default: torch.hub's cache, or download)")
-    add("--batch-size", type=above_zero, default=64, help="images per process (default: %(default)s)")
+    add("--batch-size", type=int, default=64, help="images per process (default: %(default)s)")
     add("--device", choices=devices, default=devices[0], help="(default here: %(default)s)")
     add("--fp32-distances", action="store_true", help="do not round distances to fp16 (default: as ADM does)")
     args = parser.parse_intermixed_args(argv)
-    output = args.out or args.json
-    inputs = {path.resolve() for path in (args.reference, *args.samples, args.stats, args.weights) if path}
+    output, inputs = args.out or args.json, [path.resolve() for path in (*args.paths, args.weights) if path]
+    free = output and output.is_file() == output.exists() and os.access(f"{output.parent}/", os.W_OK)
+    proper = args.stats and len(args.paths) == 1 and not args.json and args.features == "inception"
     for wrong, message in (
-        (not args.samples and not args.stats, "give REF and SAMPLES, or --stats IMAGES --out REF.npz"),
-        (args.stats and args.reference, f"--stats compares nothing; leave out {args.reference}"),
-        (args.stats and args.json, "--json: --stats has no results; leave it out"),
-        (args.stats and args.features == "pixels", "--features pixels: --stats is of Inception only"),
-        (args.stats and not args.out, "--stats: name the file to make with --out REF.npz"),
+        (min(args.batch_size, args.image_size or 1) < 1, "--batch-size and --image-size must be above 0"),
+        (not args.stats and len(args.paths) < 2, "give REF and SAMPLES, or --stats IMAGES --out REF.npz"),
+        (args.stats and not proper, "--stats takes one set of images, no --json, no --features pixels"),
+        (args.stats != bool(args.out), "--stats IMAGES and --out REF.npz need each other; see --json, too"),
         (args.out and args.out.suffix != ".npz", f"--out {args.out}: must end in .npz"),
-        (args.out and not args.stats, "--out: only --stats makes a reference; results go to --json FILE"),
         (output and output.resolve() in inputs, f"{output}: is an input and an output; name another file"),
+        (output and not free, f"{output}: cannot be written; name a file in an existing folder"),
     ):
         if wrong:
             fail(message)
@@ -526,30 +424,25 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    paths = [args.stats] if args.stats else [args.reference, *args.samples]
-    sides = [open_side(path, args) for path in paths]  # all are looked at before the work begins
+    sides = [open_side(path, args) for path in args.paths]  # all are looked at before the work begins
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # TF32 moves the features
     if args.device == "cuda":
-        gpu = int(os.environ.get("LOCAL_RANK", 0))
-        with naming(f"GPU {gpu}", "start one process per GPU"):
-            torch.cuda.set_device(gpu)
+        with naming("GPU", "start one process per GPU"):
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if world > 1:  # hours: a later part of a deflated file has more before it to unpack
         dist.init_process_group("gloo" if args.device == "cpu" else "nccl", timeout=timedelta(hours=6))
-    model, weights = PixelFeatures(), None
-    if args.features == "inception":
-        model = InceptionV3()
-        weights = load_weights(model, args.weights)
-        layout = torch.channels_last if args.device == "cpu" else torch.contiguous_format
-        model.to(args.device, memory_format=layout)  # channels_last makes a CPU 1.4 times as fast
-    for side, keep in zip(sides, [len(model.widths)] + [1] * len(args.samples), strict=True):
-        if side.images:  # the floor takes all kinds of features of the reference
-            measure(side, model, args, rank, world, keep=0 if args.stats else keep)
+    model = InceptionV3() if args.features == "inception" else PixelFeatures()
+    weights = load_weights(model, args.weights) if args.features == "inception" else None
+    layout = torch.channels_last if args.device == "cpu" else torch.contiguous_format
+    model.to(args.device, memory_format=layout)  # channels_last makes a CPU 1.4 times as fast
+    for side in (x for x in sides if x.shape[0]):
+        measure(side, model, args, rank, world)
     if world > 1:
         dist.destroy_process_group()
     if rank == 0 and args.stats:
-        write_reference(args.out, sides[0].statistics, sides[0].images, args.batch_size)
+        write_reference(args.out, sides[0])
     elif rank == 0:
-        report(sides[0], sides[1:], model, weights, args, world)
+        report(sides, model, weights, args, world)
 
 
 if __name__ == "__main__":
