@@ -33,7 +33,6 @@ from unittest.mock import patch
 import numpy as np
 import timm
 import torch
-from PIL import Image
 from torch.optim.swa_utils import AveragedModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -67,7 +66,7 @@ def parse_args(argv=None):
     add("--steps", type=number(int, 1), default=20, help="timed steps of a training run; steps of a sampler")
     add("--repeats", type=number(int, 1), default=3, help="rounds over all variants")
     add("--scripts", choices=SCRIPTS, nargs="+", default=list(SCRIPTS), help="training scripts to run")
-    add("--flags", default="", help="more flags for them, in one word: --flags='--micro-batch 128'")
+    add("--flags", default="", help="more flags for them, by default none: --flags='--micro-batch 128'")
     add("--json", type=Path, help="also write the rows with machine, versions and command to this file")
     args = parser.parse_args(argv)
     if args.json and not args.json.parent.is_dir():
@@ -122,11 +121,10 @@ def write_cache(folder, images, size):
         arrays[name] = np.resize(array, (images, *array.shape[1:]))
         np.save(folder / f"{name}.npy", arrays[name])
     layout = {name: dict(shape=list(x.shape), dtype=str(x.dtype)) for name, x in arrays.items()}
-    meta = dict(format_version=extract_features.FORMAT_VERSION, source="random", count=images, limit=None)
-    meta |= dict(classes=[str(i) for i in range(1000)], image_size=size, views=1, flip=False)
-    meta |= dict(vae="none", latent_channels=4, latent_side=side, latent_scale=0.18215, latent_shift=0.0)
-    meta |= dict(encoder="random", target_widths=[768], grid=grid, skipped=[], complete=True)
-    meta |= dict(chunk=64, crops=0, seed=0)
+    meta = dict(format_version=extract_features.FORMAT_VERSION, count=images, image_size=size, views=1)
+    meta |= dict(source="random", limit=None, flip=False, crops=0, seed=0, vae="none", encoder="random")
+    meta |= dict(classes=[str(i) for i in range(1000)], target_widths=[768], grid=grid, skipped=[], chunk=64)
+    meta |= dict(latent_channels=4, latent_side=side, latent_scale=0.18215, latent_shift=0.0, complete=True)
     (folder / "meta.json").write_text(json.dumps(meta | dict(arrays=layout)))
 
 
@@ -231,16 +229,13 @@ def bench_sample(args, gemm):
 
 @torch.no_grad()
 def bench_extract(args, gemm):
-    """The stages of an extraction, each alone. Images are read by one process here."""
+    """The networks of an extraction, each alone; reading images depends on the images."""
     torch.set_float32_matmul_precision("highest")  # the default, which the program keeps
-    name, side, crop = "vit_base_patch14_dinov2.lvd142m", args.image_size, extract_features.center_crop
+    name, side, jobs = "vit_base_patch14_dinov2.lvd142m", args.image_size, []
     autoencoder = extract_features.AutoencoderKL().to(DEVICE)
     with TemporaryDirectory() as folder:
         torch.save(timm.create_model(name).state_dict(), Path(folder, "random.pth"))
         vit = extract_features.ViT(name, side // 16, str(Path(folder, "random.pth")), DEVICE)
-    jpeg = io.BytesIO()
-    Image.effect_noise((500, 375), 50).convert("RGB").save(jpeg, "JPEG")
-    jobs = [(dict(part="read, crop", batch=1), lambda: crop(Image.open(jpeg).convert("RGB"), side))]
     for batch in args.batch:
         pixels = torch.randint(256, (batch, 3, side, side), device=DEVICE).byte()
         latents = torch.randn(batch, 4, side // 8, side // 8, device=DEVICE)
