@@ -7,9 +7,9 @@
 Training runs the scripts' own `main` on a synthetic cache. Only the clock is patched in, and checkpoints are
 not written. The cache stays in the machine's memory, so a slow disk is not seen. The parts of a step:
 
-    data      noise, waiting for the batch, copies to the device, latents; also logging
-    forward   networks and loss; then backward
-    update    clipping, AdamW, averaged weights, SD-DiT's teacher
+    data                noise, waiting for the batch, copies to the device, latents; also logging
+    forward, backward   of the networks and the loss
+    update              clipping, AdamW, averaged weights, SD-DiT's teacher
 
 Parts are in ms. Variants take turns (A, B, A, B); shown are medians, `low` and `high` are the quartiles.
 """
