@@ -1,13 +1,18 @@
-"""dit.py against published parameter counts, the official key list, and a forward pass written out by hand."""
+"""dit.py against published parameter counts, the official keys, and a forward pass written out by hand."""
 
 import math
+import os
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import randomize
 
 import dit
+import train_diversedit
+import train_repa
+import train_sddit
 
 COUNTS = {  # 256 px, patch 2, four channels: all parameters, and those that are trained
     "S": (32_957_200, 32_858_896),
@@ -16,20 +21,12 @@ COUNTS = {  # 256 px, patch 2, four channels: all parameters, and those that are
     "XL": (675_111_184, 674_816_272),
 }
 
+SMALL = dict(input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=2, num_heads=2, num_classes=5)
+
 
 def small_dit(**options):
     torch.manual_seed(0)
-    shape = dict(input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=3, num_heads=4, num_classes=5)
-    return dit.DiT(**(shape | options))
-
-
-def randomize(model):
-    """Fill the zero-initialised layers, so that every part of the network has a say."""
-    torch.manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model
+    return dit.DiT(**(SMALL | dict(depth=3, num_heads=4) | options))
 
 
 @pytest.mark.parametrize("size", COUNTS)
@@ -52,7 +49,8 @@ def test_state_dict_keys_are_the_official_ones():
         state = dit.DiT().state_dict()
     block = "attn.qkv attn.proj mlp.fc1 mlp.fc2 adaLN_modulation.1".split()
     modules = ["x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "final_layer.linear"]
-    modules += ["final_layer.adaLN_modulation.1"] + [f"blocks.{i}.{name}" for i in range(28) for name in block]
+    modules += ["final_layer.adaLN_modulation.1"]
+    modules += [f"blocks.{i}.{name}" for i in range(28) for name in block]
     keys = {f"{module}.{kind}" for module in modules for kind in ("weight", "bias")}
     assert set(state) == keys | {"pos_embed", "y_embedder.embedding_table.weight"}
     assert len(state) == 292
@@ -63,7 +61,7 @@ def test_state_dict_keys_are_the_official_ones():
 
 def test_output_is_zero_at_initialisation():
     model = small_dit()
-    out, (tokens,) = model(torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([0, 4]), after=[3])
+    out, (tokens,) = model(torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([0, 4]), return_blocks=[3])
     assert out.shape == (2, 3, 8, 8) and (out == 0).all()
     assert tokens.shape == (2, 16, 32) and tokens.std() > 0.1
 
@@ -118,7 +116,8 @@ def test_block_against_a_slow_forward(qk_norm):
             part = [[u[k * D + h * 4 : k * D + h * 4 + 4] for u in qkv] for k in range(3)]
             if qk_norm:
                 for k, name in enumerate(("q_norm", "k_norm")):
-                    part[k] = [norm(u, 1e-5) * w[f"attn.{name}.weight"] + w[f"attn.{name}.bias"] for u in part[k]]
+                    scale, bias = w[f"attn.{name}.weight"], w[f"attn.{name}.bias"]
+                    part[k] = [norm(u, 1e-5) * scale + bias for u in part[k]]
             q, k, v = part
             weights = torch.softmax(torch.stack([q[i] @ k[j] / 2 for j in range(T)]), 0)
             per_head.append(sum(weights[j] * v[j] for j in range(T)))
@@ -156,21 +155,20 @@ def test_tokens_on_request_are_block_outputs():
     for block in model.blocks:
         block.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     plain = model(x, t, y)
-    v, tokens = model(x, t, y, after=[1, 3])
+    v, tokens = model(x, t, y, return_blocks=[1, 3])
     assert torch.equal(plain, v)
     assert torch.equal(tokens[0], outputs[0]) and torch.equal(tokens[1], outputs[2]) and len(tokens) == 2
 
 
 def test_label_dropout():
-    model = small_dit(class_dropout_prob=0.4)
-    embedder, y = model.y_embedder, torch.zeros(20_000, dtype=torch.int64)
-    table = embedder.embedding_table.weight
-    assert table.shape[0] == 6
-    dropped = (embedder(y) == table[5]).all(1)
-    assert dropped.float().mean().item() == pytest.approx(0.4, abs=0.02)
-    drop = torch.arange(20_000) % 2 == 0
-    assert torch.equal((embedder(y, drop) == table[5]).all(1), drop), "a given mask is used as it is, not added to"
-    assert not (embedder.eval()(y) == table[5]).all(1).any()
+    """The labels to drop become the null class, the last row; without a mask or a null class none does."""
+    embedder, y = small_dit(class_dropout_prob=0.4).y_embedder, torch.tensor([0, 4, 2, 0])
+    table, drop = embedder.embedding_table.weight, torch.tensor([True, False, True, False])
+    assert embedder.dropout_prob == 0.4 and len(table) == 6
+    assert torch.equal(embedder(y, drop), table[[5, 4, 5, 0]]) and torch.equal(embedder(y), table[y])
+    without = small_dit(class_dropout_prob=0.0).y_embedder
+    assert len(without.embedding_table.weight) == 5
+    assert torch.equal(without(y, drop), without.embedding_table.weight[y])
 
 
 @pytest.mark.parametrize("patch, side, channels, classes", [(1, 5, 1, 1), (4, 8, 7, 3), (3, 9, 4, 1000)])
@@ -193,21 +191,71 @@ def test_bad_configurations():
             dit.parse_model(name)
 
 
+# --- cost
+
+GMACS = [
+    ("DiT", "XL/2", 32, 118.6),
+    ("DiT", "B/2", 32, 23.0),
+    ("DiT", "S/2", 32, 6.05),
+    ("DiT", "XL/2", 64, 524.5),
+    ("DiverseDiT", "XL/2", 32, 128.1),
+    ("SDDiT", "S/2", 32, 6.07 + 7.0),
+]
+
+
+@pytest.mark.parametrize("arch, model, side, gmac", GMACS)
+def test_forward_flops(arch, model, side, gmac):
+    """Published multiply-accumulates of a forward pass, 2 FLOP each: TFLOP/s in the log rests on them."""
+    config = dict(arch=arch, input_size=side, in_channels=4, num_classes=1000, **dit.parse_model(model))
+    assert dit.forward_flops(config) / 2e9 == pytest.approx(gmac, rel=0.005)
+
+
+STEP_GFLOPS = [
+    (train_repa, "DiT", 3 * 2 * (118.6 + 256 * (1152 * 2048 + 2048**2 + 2048 * 768) / 1e9)),
+    (train_diversedit, "DiverseDiT", 3 * 2 * 128.1),
+    (train_sddit, "SDDiT", 863),
+]
+
+
+@pytest.mark.parametrize("script, arch, expected", STEP_GFLOPS, ids=["repa", "diversedit", "sddit"])
+def test_flops_of_a_training_step(script, arch, expected):
+    """XL/2, per image: with REPA's projector, DiverseDiT's long residuals, SD-DiT's student and teacher."""
+    config = dict(arch=arch, input_size=32, in_channels=4, num_classes=1000, **dit.parse_model("XL/2"))
+    meta = dict(grid=16, latent_side=32, target_widths=[768], count=1_281_167, skipped=[])
+    with torch.device("meta"):
+        objective = script.Objective(dit.build(config), script.parse_args([]), meta)
+    assert objective.flops(config) / 1e9 == pytest.approx(expected, rel=0.005)
+
+
+def test_memory_is_checked_before_anything_is_built(monkeypatch):
+    """XL/2 with 256 images of 256 tokens: 13.5 GB of states and 143.7 GB of fp32 tokens, or half of these."""
+    config = dict(arch="DiT", input_size=32, in_channels=4, num_classes=1000, **dit.parse_model("XL/2"))
+    states, tokens = 20 * 675_111_184, 17 * 256 * 256 * 28 * 1152 * 4
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def check(memory, images=256, precision="fp32"):
+        monkeypatch.setattr(os, "sysconf", lambda name: memory // 4096 if name == "SC_PHYS_PAGES" else 4096)
+        dit.check_memory(config, images, precision)
+
+    check(states + tokens + 4096)
+    check(states + tokens // 2 + 4096, precision="bf16")
+    check(states + tokens // 256 + 4096, images=1)
+    sizes = r"--micro-batch.*--model.*\(nano/2, S/2, B/2, L/2\)"
+    with pytest.raises(ValueError, match=rf"256 images .* 157 GB, there are 157 GB: .*{sizes}"):
+        check(states + tokens - 4096)
+    with pytest.raises(ValueError, match=r"\(nano/2, S/2\)"):
+        check(2**35)
+
+
 # --- conditioning and resolution (arXiv 2411.03177)
 
-SMALL = dict(input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=2, num_heads=2, num_classes=5)
 SMALL_SDDIT = SMALL | dict(decoder_depth=1, decoder_width=16, decoder_heads=2)
 CONTROL = torch.tensor([[30, 40, 0, 5, 30, 30, 0], [512, 400, 7, 9, 200, 200, 1]])
 ARCHS = [(dit.DiT, SMALL), (dit.DiverseDiT, SMALL), (dit.SDDiT, SMALL_SDDIT)]
 
 
 def randomised(arch, options, **more):
-    torch.manual_seed(0)
-    model = arch(**options, **more).eval()
-    for name, parameter in model.named_parameters():
-        if not name.endswith("pos_embed"):
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
+    return randomize(arch(**options, **more))
 
 
 def test_gamma_table():
@@ -228,7 +276,7 @@ def test_gamma_table():
 
 @pytest.mark.parametrize("arch, options", ARCHS, ids=lambda value: getattr(value, "__name__", ""))
 def test_new_control_changes_no_bit(arch, options):
-    """A model with new control embedders and another's weights is that model; only the embedders are missing."""
+    """A model with new control embedders and another's weights is that model; only the embedders are new."""
     plain = randomised(arch, options)
     model = arch(**options, control="cosine").eval()
     missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
@@ -240,8 +288,9 @@ def test_new_control_changes_no_bit(arch, options):
 
 @pytest.mark.parametrize("arch, options", ARCHS, ids=lambda value: getattr(value, "__name__", ""))
 def test_size_acts_late_and_layout_acts_always(arch, options):
-    """Six doubled numbers change the size alone: no effect at t = 1, full effect at t = 0. A flip acts at t = 1 too."""
-    model, constant = randomised(arch, options, control="cosine"), randomised(arch, options, control="constant")
+    """Six doubled numbers change the size alone: no effect at t = 1, all at t = 0; a flip acts always."""
+    model = randomised(arch, options, control="cosine")
+    constant = randomised(arch, options, control="constant")
     x, y, edm = torch.randn(2, 3, 8, 8), torch.tensor([1, 4]), arch is dit.SDDiT
     noise, data = (1e9, 1e-9) if edm else (1.0, 0.0)
     doubled, flipped = CONTROL.clone(), CONTROL.clone()
@@ -266,11 +315,12 @@ def test_zero_row_is_no_control(arch, options):
     half[0] = 0
     without, mixed, full = (model(x, t, y, control=control) for control in (None, half, CONTROL))
     assert mixed.isfinite().all() and torch.equal(without, model(x, t, y, control=0 * CONTROL))
-    assert torch.equal(mixed[0], without[0]) and torch.equal(mixed[1], full[1]) and not torch.equal(full[0], without[0])
+    assert torch.equal(mixed[0], without[0]) and torch.equal(mixed[1], full[1])
+    assert not torch.equal(full[0], without[0])
 
 
 def test_control_embedder_by_hand():
-    """One row from the definition, with numpy: clamped size, fractions times 1000, sinusoids, MLP, weights."""
+    """One row from the definition, with numpy: clamped size, fractions times 1000, sinusoids, MLP, weight."""
     model = dit.ControlEmbedder(8, "cosine", 2.0)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -278,7 +328,8 @@ def test_control_embedder_by_hand():
     frequencies = np.exp(-np.log(10000) * np.arange(128) / 128)
 
     def mlp(layers, values):
-        x = np.concatenate([np.concatenate([np.cos(v * frequencies), np.sin(v * frequencies)]) for v in values])
+        angles = [v * frequencies for v in values]
+        x = np.concatenate([f(angle) for angle in angles for f in (np.cos, np.sin)])
         weights = [layer.detach().numpy().astype(np.float64) for layer in layers.parameters()]
         x = weights[0] @ x + weights[1]
         return weights[2] @ (x / (1 + np.exp(-x))) + weights[3]
@@ -287,7 +338,7 @@ def test_control_embedder_by_hand():
     high = mlp(model.high, [1000 * 70 / 9000, 1000 * 9 / 400, 1000 * 200 / 9000, 1000 * 300 / 400, 1000])
     expected = (1 - np.cos(np.pi * 0.4**2)) / 2 * low + high
     found = model(torch.tensor([row]), torch.tensor([0.6]))[0].detach().numpy()
-    np.testing.assert_allclose(found, expected, atol=2e-3)                        # fp32 cosines of numbers up to 4096
+    np.testing.assert_allclose(found, expected, atol=2e-3)  # fp32 cosines of numbers up to 4096
     with torch.device("meta"):
         assert sum(p.numel() for p in dit.ControlEmbedder(1152).parameters()) == 4_723_200
 
@@ -310,7 +361,7 @@ def test_shift_time():
     """Check values for s = 2, SNR / s^2, and that a model weighs the size by the time before the shift."""
     t = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
     shifted = dit.shift_time(t, 2)
-    torch.testing.assert_close(shifted, torch.tensor([0.1818, 0.4, 0.6667, 0.8571, 0.9474]).double(), rtol=0, atol=5e-5)
+    assert shifted.tolist() == pytest.approx([0.1818, 0.4, 0.6667, 0.8571, 0.9474], abs=5e-5)
     for s in (1.5, 2.0, 4.0):
         moved = dit.shift_time(t, s)
         torch.testing.assert_close(((1 - moved) / moved) ** 2, ((1 - t) / t) ** 2 / s**2)
@@ -330,11 +381,11 @@ def test_shift_time():
 
 @pytest.mark.parametrize("arch, options", ARCHS, ids=lambda value: getattr(value, "__name__", ""))
 def test_class_tokens(arch, options):
-    """The class reaches attention as K tokens and not the condition; the output and the taps have the patches alone."""
+    """The class reaches attention as K tokens and not the condition; only tokens of patches are returned."""
     model, plain = randomised(arch, options, class_tokens=4), arch(**options)
-    assert model.y_embedder.embedding_table.embedding_dim == 4 * plain.y_embedder.embedding_table.embedding_dim
-    others = {name for name, value in plain.state_dict().items() if model.state_dict()[name].shape != value.shape}
-    assert others == {"y_embedder.embedding_table.weight"}
+    table, state = "y_embedder.embedding_table.weight", model.state_dict()
+    assert {name for name, value in plain.state_dict().items() if state[name].shape != value.shape} == {table}
+    assert state[table].shape == (len(plain.state_dict()[table]), 4 * 32)
     x, t, lengths = torch.randn(2, 3, 8, 8), torch.tensor([0.2, 0.9]), []
     model.blocks[0].register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
     a, b, null = (model(x, t, torch.tensor([label, label])) for label in (0, 3, 5))
@@ -343,21 +394,22 @@ def test_class_tokens(arch, options):
     c, tokens = model.condition(t, t, torch.tensor([0, 3]), None, None)
     assert torch.equal(c, model.t_embedder(t)) and tokens.shape == (2, 4, 32)
     if arch is not dit.SDDiT:
-        _, taps = model(x, t, torch.tensor([0, 3]), after=[1, 2])
-        assert [tap.shape for tap in taps] == 2 * [(2, 16, 32)]
+        _, returned = model(x, t, torch.tensor([0, 3]), return_blocks=[1, 2])
+        assert [tokens.shape for tokens in returned] == 2 * [(2, 16, 32)]
         # by hand: the second block's output without the class tokens is what the final layer sees
-        v = model.unpatchify(model.final_layer(taps[1], c))
+        v = model.unpatchify(model.final_layer(returned[1], c))
         torch.testing.assert_close(v, model(x, t, torch.tensor([0, 3])))
 
 
 def test_bad_conditioning():
     for options, message in (
-        (dict(control="linear"), "expected none, constant or cosine"),
-        (dict(control="cosine", control_alpha=0.0), "must be positive"),
-        (dict(class_tokens=-1), "must not be negative"),
-        (dict(control="cosine", control_alpha=math.nan), "must be positive"),
-        (dict(time_shift=0.0), "must be positive"),
-        (dict(time_shift=math.inf), "must be positive"),
+        (dict(control="linear"), "control 'linear'"),
+        (dict(control="cosine", control_alpha=0.0), "alpha 0.0"),
+        (dict(control="cosine", control_alpha=math.nan), "alpha nan"),
+        (dict(class_tokens=-1), "class_tokens -1"),
+        (dict(time_shift=0.0), "time_shift 0.0"),
+        (dict(time_shift=math.inf), "time_shift inf"),
+        (dict(pos_base=-1), "pos_base -1"),
     ):
         with pytest.raises(ValueError, match=message):
             dit.DiT(**SMALL, **options)

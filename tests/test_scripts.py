@@ -1,4 +1,4 @@
-"""The layout, and the promise of the training scripts: outside the fences of the method they are the same text."""
+"""The layout, and the promise of the training scripts: outside the fences they are the same text."""
 
 import ast
 import difflib
@@ -8,18 +8,19 @@ import subprocess
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, train
 
 import train_diversedit
 import train_repa
+import train_sddit
 
 SCRIPTS = sorted(ROOT.glob("train_*.py"))
-METHOD_LINES = {"repa": 80, "diversedit": 165, "sddit": 200}
+LINES = {"train_repa.py": 420, "train_diversedit.py": 480, "train_sddit.py": 530}
 LAYOUT = "LICENSE README.md requirements.txt tests dit.py extract_features.py sample.py fid.py"
 
 
 def split(path):
-    """The shared lines and the fenced lines of a script, both without blank lines; the docstring belongs to neither."""
+    """The shared and the fenced lines of a script, without blank lines; the docstring belongs to neither."""
     name = path.stem.removeprefix("train_")
     source = path.read_text()
     end_of_docstring = ast.parse(source).body[0].end_lineno
@@ -44,15 +45,33 @@ def test_shared_text_is_the_same(path):
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_fences(path):
-    name = path.stem.removeprefix("train_")
-    _, fenced = split(path)
-    assert 30 < len(fenced) <= METHOD_LINES.get(name, 200), f"{len(fenced)} lines of the method"
-    inside = False
-    for line in path.read_text().splitlines():
-        if re.fullmatch(r" *# (>>>|<<<) \w+", line):
-            inside = ">>>" in line
-        assert not (inside and re.match(r"(import|from) ", line)), f"{path.name}: module import in a fence: {line}"
+def test_imports_of_the_method_are_one_block_below_the_shared_ones(path):
+    statements = ast.parse(path.read_text()).body[1:]
+    imports = [node for node in statements if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert statements[: len(imports)] == imports, f"{path.name}: an import below other code"
+    lines, inside, fenced = path.read_text().splitlines(), False, []
+    for number, line in enumerate(lines[: imports[-1].end_lineno], start=1):
+        inside = ">>>" in line if re.match("# (>>>|<<<) ", line) else inside
+        fenced += [node for node in imports if inside and node.lineno == number]
+    assert imports[len(imports) - len(fenced) :] == fenced, f"{path.name}: shared imports come first"
+    everywhere = [node for statement in statements for node in ast.walk(statement)]
+    everywhere = [node for node in everywhere if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert everywhere == imports, f"{path.name}: an import inside a function"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_budgets(path):
+    """Lines of the script (530 for one that is not listed), its longest function, and the training loop."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    lines = len(path.read_text().splitlines())
+    assert lines <= LINES.get(path.name, 530), f"{path.name}: {lines} lines"
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    longest = max(functions, key=lambda node: node.end_lineno - node.lineno)
+    length = longest.end_lineno - longest.lineno + 1
+    assert length <= 140, f"{path.name}: {longest.name} has {length} lines"
+    (loop,) = (n for n in nodes if isinstance(n, ast.While) and ast.unparse(n.test) == "step < args.steps")
+    length = loop.end_lineno - loop.lineno + 1
+    assert length <= 75, f"{path.name}: the training loop has {length} lines"
 
 
 def test_layout():
@@ -75,36 +94,46 @@ def test_imports_run_one_way():
             elif isinstance(node, ast.ImportFrom):
                 imported.add(node.module)
         expected = allowed.get(path.stem, {"dit", "extract_features", "sample"})
-        if path.stem == "train_diversedit":
-            expected = expected | {"train_repa"}
+        if path.stem.startswith("train_"):
+            expected = expected | {"train_repa"} - {path.stem}
         assert imported & ours <= expected, path.name
 
 
-def recorded(script, cache, out, monkeypatch, *options):
-    """Every input of the loss, step by step, and the baseline loss where there is one."""
+INPUTS = ("x", "y", "t", "eps", "drop")
+
+
+def recorded(script, cache, out, *options):
+    """Every input of the loss that all methods have, and the loss, by micro-batches of 8."""
     seen, forward = [], script.Objective.forward
 
     def spy(self, **inputs):
         losses = forward(self, **inputs)
-        seen.append({name: inputs[name].clone() for name in ("x", "y", "t", "eps", "drop")})
-        seen[-1]["loss"] = losses["loss"].detach()
+        seen.append({name: inputs[name].clone() for name in INPUTS} | {"loss": losses["loss"].detach()})
         return losses
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script.Objective, "forward", spy)
-        small = "--model nano/2 --steps 4 --batch-size 16 --micro-batch 8 --lr 1e-3 --sample-every 0 --workers 0"
-        script.main(["--data", str(cache), "--out", str(out), *small.split(), *options])
-    assert len(seen) == 8
+        train(cache, out, "--steps", 4, *options, script=script)
     return seen
 
 
-def test_methods_off_is_the_same_run(cache, tmp_path, monkeypatch):
-    """With the methods off, the scripts see the same x, t, eps, y and labels dropped, and make the same losses."""
-    repa = recorded(train_repa, cache, tmp_path / "a", monkeypatch, "--repa-weight", "0")
-    diverse = recorded(train_diversedit, cache, tmp_path / "b", monkeypatch, "--div-terms", "--no-long-residuals")
-    for ours, theirs in zip(repa, diverse, strict=True):
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    on = recorded(train_repa, cache, tmp_path / "c", monkeypatch)
-    for ours, theirs in zip(repa, on, strict=True):
-        assert all(torch.equal(ours[name], theirs[name]) for name in ("x", "y", "t", "eps", "drop"))
-    assert not torch.equal(repa[-1]["loss"], on[-1]["loss"])
+def test_methods_see_the_same_run(cache, tmp_path, tiny_nano):
+    """All see the same x, t, eps, y and labels dropped; with the method off, two make the same losses."""
+    micro = ["--micro-batch", 8]
+    repa = recorded(train_repa, cache, tmp_path / "a", *micro, "--repa-weight", 0)
+    flags = [*micro, "--div-terms", "--no-long-residuals"]
+    diverse = recorded(train_diversedit, cache, tmp_path / "b", *flags)
+    assert len(repa) == 8 and [step["loss"] for step in repa] == [step["loss"] for step in diverse]
+    others = [recorded(train_repa, cache, tmp_path / "c", *micro), diverse]
+    others += [recorded(train_sddit, cache, tmp_path / "d", *micro)]
+    for other in others:
+        for ours, theirs in zip(repa, other, strict=True):
+            assert all(torch.equal(ours[name], theirs[name]) for name in INPUTS)
+    assert repa[-1]["loss"] != others[0][-1]["loss"] and any(step["drop"].any() for step in repa)
+
+    # micro-batches are the rows of the whole batch
+    whole = recorded(train_repa, cache, tmp_path / "e", "--repa-weight", 0)
+    for step, batch in enumerate(whole):
+        halves = repa[2 * step : 2 * step + 2]
+        for name in INPUTS:
+            assert torch.equal(torch.cat([half[name] for half in halves]), batch[name])
