@@ -4,12 +4,9 @@
     DiverseDiT  DiT with long residual connections (2603.04239)
     SDDiT       masked encoder, decoder and EDM preconditioning of SD-DiT (2403.17004)
 
-Options of all three, from arXiv 2411.03177: control conditioning, the class as tokens, and the positions and
-noise levels of a model that starts from a lower resolution.
-
-Plain modules: nothing here reads a file, knows about processes or holds a loss, so `sample.py` rebuilds any
-model from the `config` of its checkpoint with `build(config)`. Names and shapes of the state dict are those
-of the official DiT / SiT / REPA checkpoints.
+All three have the control conditioning and the transfer to a higher resolution of arXiv 2411.03177. Nothing
+here reads a file, knows about processes or holds a loss, so `sample.py` rebuilds any model from the `config`
+of its checkpoint with `build(config)`. State dicts are those of the official DiT / SiT / REPA checkpoints.
 
 Shapes in the right margin: N batch, C, H, W latent channels, height, width, P patch size, T = (H/P)(W/P)
 tokens, D width (hidden_size), K class tokens.
@@ -74,8 +71,8 @@ class Sinusoids(nn.Module):
 class TimestepEmbedder(nn.Module):
     """Scalar t -> 256 sinusoids -> two-layer MLP.
 
-    Flow matching feeds t in [0, 1] as it is: SiT and REPA do not multiply by 1000 (unintended, as their
-    authors say: SiT#24, REPA#40), and their checkpoints need the same. Always fp32, also under autocast.
+    Flow matching feeds t in [0, 1], not times 1000: unintended in SiT and REPA (SiT#24, REPA#40), but their
+    checkpoints need it. Always fp32, also under autocast.
     """
 
     def __init__(self, hidden_size, frequencies=128):
@@ -131,7 +128,7 @@ class ControlEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class label -> row of a table. The last, `num_classes`, is the null class of classifier-free guidance."""
+    """Class label -> row of a table; the last row is the null class of classifier-free guidance."""
 
     def __init__(self, num_classes, hidden_size, dropout_prob):
         super().__init__()
@@ -161,10 +158,7 @@ class ZeroNullLabelEmbedder(LabelEmbedder):
 
 
 class DiTBlock(nn.Module):
-    """Transformer block with adaLN-Zero conditioning: shift, scale and gate of both branches come from c.
-
-    `cond_size`: width of c where it is not the width of the tokens.
-    """
+    """adaLN-Zero block: shift, scale and gate of both branches come from c, whose width is cond_size."""
 
     def __init__(self, hidden_size, num_heads, mlp_ratio=4.0, qk_norm=False, cond_size=None):
         super().__init__()
@@ -183,8 +177,7 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated LayerNorm and a linear map of every token, in a DiT to the C values of its P x P
-    positions."""
+    """Modulated LayerNorm and a linear map of every token to `out_size` values."""
 
     def __init__(self, hidden_size, out_size, cond_size=None):
         super().__init__()
@@ -206,20 +199,18 @@ class DiT(nn.Module):
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1, qk_norm=False,
                  control="none", control_alpha=1.0, class_tokens=0, pos_base=None, time_shift=1.0):
-        """input_size: side of the latent. ValueError if the sizes do not divide or an option is out of range.
+        """input_size: side of the latent. class_tokens: 0 adds the class to c, K feeds it as K extra tokens.
 
-        control: none, constant or cosine, with control_alpha (see ControlEmbedder). class_tokens: 0 adds the
-        class to the condition, K > 0 feeds it as K extra tokens instead. pos_base, time_shift: see
-        sincos_positions and shift_time.
+        control (none, constant, cosine), control_alpha: see ControlEmbedder. pos_base: see sincos_positions.
+        time_shift: see shift_time. ValueError if the sizes do not divide or an option is out of range.
         """
         super().__init__()
         if input_size % patch_size:
             raise ValueError(f"latents of side {input_size} do not divide into patches of {patch_size}")
         if hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads} and 4")
-        if class_tokens < 0 or not 0 < time_shift < math.inf or not 0 < (pos_base or 1) < math.inf:
-            wrong = f"class_tokens {class_tokens}, time_shift {time_shift}, pos_base {pos_base}"
-            raise ValueError(f"{wrong}: the first must not be negative, the others must be positive")
+        if class_tokens < 0 or not 0 < time_shift < math.inf:
+            raise ValueError(f"class_tokens {class_tokens} or time_shift {time_shift} is out of range")
         self.patch_size, self.in_channels, self.num_classes = patch_size, in_channels, num_classes
         self.grid = input_size // patch_size
         self.class_tokens, self.pos_base, self.time_shift = class_tokens, pos_base, time_shift
@@ -284,8 +275,7 @@ class DiT(nn.Module):
     def forward(self, x, t, y, drop=None, control=None, return_blocks=None):
         """Velocity of the noisy latents x [N, C, H, W] at times t [N] (1 is noise) for the classes y [N].
 
-        drop [N] bool: labels replaced by the null class.
-        control [N, 7]: see ControlEmbedder; None, or a model without one: no control.
+        drop [N] bool: labels replaced by the null class. control [N, 7]: see ControlEmbedder, None for none.
         return_blocks: block numbers from 1; the result is then (velocity, list of their tokens [N, T, D]).
         """
         c, classes = self.condition(t, shift_time(t, 1 / self.time_shift), y, drop, control)
@@ -410,13 +400,13 @@ class SDDiT(DiT):
 def inherit_config(config, theirs):
     """What the model of `config` takes over from one trained at another resolution (arXiv 2411.03177).
 
-    pos_base: the grid of its positions. time_shift: its own times the ratio of the sides, or 1 for another
-    kind of latents. ValueError if its tokens differ, so that hardly a weight would fit.
+    The grid of its positions, and its time shift times the ratio of the sides (1 for other latents).
+    ValueError if its tokens differ, so that hardly a weight would fit.
     """
     for key in ("patch_size", "hidden_size", "depth", "num_heads"):
         if theirs[key] != config[key]:
-            raise ValueError(f"its {key} is {theirs[key]}, that of the model to train {config[key]}")
-    grid, alike = theirs["input_size"] // theirs["patch_size"], theirs["in_channels"] == config["in_channels"]
+            raise ValueError(f"--init: its {key} is {theirs[key]}, that of the model to train {config[key]}")
+    alike, grid = theirs["in_channels"] == config["in_channels"], theirs["input_size"] // theirs["patch_size"]
     ratio = config["input_size"] / theirs["input_size"] if alike else 1
     return dict(pos_base=theirs.get("pos_base") or grid, time_shift=theirs.get("time_shift", 1.0) * ratio)
 
@@ -446,7 +436,7 @@ def check_memory(config, images, precision):
     """ValueError if this device cannot hold a training step on `images` at once; it names sizes that fit.
 
     Counted are 20 bytes a parameter (weight, gradient, Adam's two moments, average) and the 17 values that a
-    block keeps for the backward pass for every token and channel: less than a step really needs.
+    block keeps for the backward pass for every token and channel: a lower bound.
     """
 
     def need(config):
@@ -456,9 +446,8 @@ def check_memory(config, images, precision):
         values = 17 * images * tokens * config["depth"] * config["hidden_size"]
         return 20 * parameters + (2 if precision == "bf16" else 4) * values
 
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if torch.cuda.is_available():
-        memory = torch.cuda.mem_get_info()[1]
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else host
     if need(config) > memory:
         sizes = [f"{size}/{config['patch_size']}" for size in SIZES]
         fits = [size for size in sizes if need(config | parse_model(size)) <= memory]
@@ -467,17 +456,13 @@ def check_memory(config, images, precision):
 
 
 def compile_blocks(module):
-    """torch.compile every DiTBlock of a module in place. ValueError if the machine has no compiler.
-
-    A whole model compiles for minutes, and DistributedDataParallel would cut it into dozens of graphs. With
-    dynamic=False another number of tokens is another graph, not a slower general one.
-    """
+    """torch.compile every DiTBlock: a whole model compiles for minutes. ValueError without a compiler."""
     if not shutil.which(os.environ.get("CXX", "c++")):
         raise ValueError("--compile needs a C++ compiler: install g++ or clang++, or pass --no-compile")
-    torch._dynamo.config.optimize_ddp = False
+    torch._dynamo.config.optimize_ddp = False  # it would cut the model into dozens of graphs
     for block in module.modules():
         if isinstance(block, DiTBlock):
-            block.compile(dynamic=False)
+            block.compile(dynamic=False)  # a graph for each number of tokens, not a slower general one
 
 
 ARCHITECTURES = {"DiT": DiT, "DiverseDiT": DiverseDiT, "SDDiT": SDDiT}
@@ -497,8 +482,6 @@ def build(config):
 
     ValueError for an unknown architecture, TypeError for an unknown keyword.
     """
-    config = dict(config)
-    arch = config.pop("arch")
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"unknown architecture {arch!r}; this version knows {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[arch](**config)
+    if config["arch"] not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {config['arch']!r}, not one of {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[config["arch"]](**{key: value for key, value in config.items() if key != "arch"})

@@ -1,33 +1,47 @@
-"""Images -> cache: autoencoder latents, encoder targets, labels and crops, as plain memory-mapped .npy files.
+"""Images -> cache: autoencoder latents, encoder targets, labels and crops, as memory-mapped .npy files.
 
     python extract_features.py --data tests/digits.npz --image-size 8 --patch 2 --vae none --encoder hog \\
         --out features/digits
-    torchrun --nproc_per_node=8 extract_features.py --data imagenet/train --image-size 256 --out features/imagenet256
+    torchrun --nproc_per_node=8 extract_features.py --data imagenet/train --out features/imagenet256
 
---data is a folder of class folders (class/*.jpg, png, webp), a .zip of one, or an ADM-layout .npz (arr_0 uint8 NHWC,
-arr_1 labels). Any number of processes share the work; a run that was killed continues with the same command.
+--data is a folder of class folders (class/*.jpg, png, webp), a .zip of one, or an ADM .npz (arr_0 uint8 NHWC,
+arr_1 labels). Any number of processes share the work. After a kill, the same command continues.
 
 The cache (--out), read back by `CachedFeatures`:
     moments.npy  [N, V, 2C, h, w] float16    mean, then standard deviation (not log variance) of the latent
-    targets.npy  [N, V, T, F] float16, int8  encoder tokens on the grid of T = (h / patch)^2; absent with --encoder none
-    labels.npy   [N] int64                   index of the sorted class name
-    control.npy  [N, V, 7] int32             h0, w0, top, left, h, w, flip: which part of which image the view shows
+    targets.npy  [N, V, T, F] float16, int8  encoder tokens, T = (h / patch)^2; absent with --encoder none
+    labels.npy   [N] int64                   index of the sorted class name; -1: unreadable, skipped
+    control.npy  [N, V, 7] int32             h0, w0, top, left, h, w, flip: the part of the image in the view
     meta.json                                what made the cache, and whether it is complete
-N images, V views: the centre crop; with --flip its mirror image (encoded: a mirrored latent is not the latent of the
-mirror); with --crops K, K random squares. Targets and control are those of the view.
+N images, V views: the centre crop; with --flip its mirror image (which is encoded: mirroring the latent would
+not do); with --crops K, K random squares. Targets and control are those of the view.
+
+REPA's encoders and timm's names. MAE and CLIP give their tokens before the final norm, the others after it:
+    dinov2-vit-b  vit_base_patch14_dinov2.lvd142m     dinov2reg-vit-b  vit_base_patch14_reg4_dinov2.lvd142m
+    dinov1-vit-b  vit_base_patch16_224.dino           mae-vit-l        vit_large_patch16_224.mae
+    jepa-vit-h    vit_huge_patch14_gap_224.in1k_ijepa clip-vit-L  vit_large_patch14_clip_quickgelu_224.openai
+MoCo v3 is not in timm. SigLIP (vit_large_patch16_siglip_256.webli) is not in REPA's code.
 """
 
 import argparse
+import contextlib
 import fcntl
+import io
 import json
 import math
 import os
+import posixpath
 import shutil
+import socket
 import sys
+import urllib.request
 import zipfile
+from collections import Counter, OrderedDict
 from datetime import timedelta
+from functools import cached_property
 from itertools import pairwise
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import huggingface_hub
 import numpy as np
@@ -37,7 +51,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from numpy.lib.format import open_memmap
+from numpy.lib.format import open_memmap, read_array, read_array_header_1_0, read_magic
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_convert
 from tqdm import tqdm
@@ -45,12 +59,10 @@ from tqdm import tqdm
 FORMAT_VERSION = 1
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Shared by the programs: command lines, and folders that one command fills, whether or not it is interrupted
 
-
+# ---- shared by the programs: command lines, files of a user, folders that one command fills
 class Parser(argparse.ArgumentParser):
-    """argparse whose --help keeps the docstring as it stands and shows every default, and whose errors are one line."""
+    """argparse that keeps the docstring's layout, shows every default, and reports an error in one line."""
 
     class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
         def _get_help_string(self, action):
@@ -59,6 +71,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, file, description):
         super().__init__(prog=Path(file).name, description=description, formatter_class=self.Formatter)
+        self.register("action", "onoff", argparse.BooleanOptionalAction)
 
     def error(self, message):
         raise SystemExit(f"{self.prog}: {message}")
@@ -66,66 +79,86 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind, low=-math.inf, high=math.inf, above=-math.inf):
     """An argparse type: a finite int or float with low <= value <= high and value > above."""
+    limits = {"at least": low, "at most": high, "above": above}
+    wanted = " and ".join(f"{word} {limit}" for word, limit in limits.items() if math.isfinite(limit))
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'an integer' if kind is int else 'a number'}") from None
-        if not (low <= value <= high and value > above and math.isfinite(value)):
-            bounds = ((low, "at least"), (high, "at most"), (above, "above"))
-            bounds = [f"{word} {bound}" for bound, word in bounds if math.isfinite(bound)]
-            raise argparse.ArgumentTypeError(f"{text}: must be {' and '.join(bounds or ['finite'])}")
+            name = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {name}") from None
+        if not (low <= value <= high and above < value < math.inf):
+            raise argparse.ArgumentTypeError(f"{text[:40]} must be {wanted or 'finite'}")
         return value
 
     return parse
 
 
-def lock_folder(folder):
-    """Create the folder and lock it against a second process, until the result is closed or this process ends.
+@contextlib.contextmanager
+def reading(what, remedy):
+    """Turn whatever a decoder raises on a damaged or foreign file into a ValueError of one line."""
+    try:
+        yield
+    except Exception as error:  # about ten types
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{what} ({reason}); {remedy}") from None
 
-    ValueError if another process holds the lock.
-    """
+
+def lock_folder(folder):
+    """Create the folder and lock it until the result is closed or this process ends. ValueError if locked."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{folder}: another process is writing there; wait for it or choose another --out") from None
+        remedy = "wait for it or choose another --out"
+        raise ValueError(f"{folder}: another process is writing there; {remedy}") from None
     except OSError:
         pass  # a file system without locks
     return file
 
 
 def start_folder(folder, file, description, arrays, parts, ignore=(), copies=1):
-    """Create a folder of empty arrays to be filled part by part, or check that the one there is of the same command.
+    """Create a folder of empty arrays to be filled part by part, or check the one that is there.
 
-    folder/file: `description` as JSON; arrays: name -> dict(shape, dtype); progress.npy: a flag for each of `parts`,
-    made last. ignore: keys of the description that may differ. copies: how often the disk must hold all.
-    Returns the folder's lock. ValueError if the folder holds something else, or if the disk is too small.
+    folder/file: `description` as JSON; arrays: name -> dict(shape, dtype); progress.npy: a flag for each of
+    `parts`, made last. ignore: keys of the description that may differ. copies: how often the disk must hold
+    all. Returns the folder's lock. ValueError if the folder is foreign or damaged, or the disk too small.
     """
-    foreign = folder.exists() and not (folder / file).exists() and {p.name for p in folder.iterdir()} - {".lock"}
-    if foreign:
-        raise ValueError(f"{folder} holds other files, such as {min(foreign)}; choose another --out")
-    lock = lock_folder(folder)
+    if folder.exists() and not (folder / file).exists():
+        foreign = {path.name for path in folder.iterdir()} - {".lock", Path(file).with_suffix(".tmp").name}
+        if foreign:
+            raise ValueError(f"{folder} holds other files, such as {min(foreign)}; choose another --out")
+    lock, progress = lock_folder(folder), folder / "progress.npy"
     if (folder / file).exists():
-        found = json.loads((folder / file).read_text())
+        found = read_json(folder / file)
         for key in description:
             if key not in ignore and found.get(key) != description[key]:
-                here = f"{key} is {found.get(key)!r} there, {description[key]!r} here"
+                here = f"{key} is {found.get(key)!r:.80} there, {description[key]!r:.80} here"
                 raise ValueError(f"{folder} holds the work of another command: {here}; choose another --out")
-        if (folder / "progress.npy").exists() or found.get("complete"):
+        if progress.exists():
+            for name, array in (arrays | {"progress": dict(shape=[parts], dtype="uint8")}).items():
+                open_array(folder / f"{name}.npy", **array)
+        if progress.exists() or found.get("complete"):
             return lock
-    size = copies * sum(np.prod(a["shape"], dtype=np.int64) * np.dtype(a["dtype"]).itemsize for a in arrays.values())
-    free = shutil.disk_usage(folder).free
+    sizes = [math.prod(array["shape"]) * np.dtype(array["dtype"]).itemsize for array in arrays.values()]
+    size, free = copies * sum(sizes), shutil.disk_usage(folder).free
     print(f"{folder}: {size / 1e9:.3f} GB, {free / 1e9:.1f} GB free", flush=True)
     if size > free:
         raise ValueError(f"{folder}: needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
     write_json(folder / file, description)
     for name, array in arrays.items():
         open_memmap(folder / f"{name}.npy", mode="w+", shape=tuple(array["shape"]), dtype=array["dtype"])
-    open_memmap(folder / "progress.npy", mode="w+", shape=(parts,), dtype=np.uint8)
+    open_memmap(folder / "progress.tmp", mode="w+", shape=(parts,), dtype=np.uint8)
+    os.replace(folder / "progress.tmp", progress)
     return lock
+
+
+def read_json(path):
+    """The dict in a JSON file. ValueError if there is none."""
+    with reading(f"{path}: damaged", "delete the folder and make it again"):
+        return dict(json.loads(path.read_text()).items())
 
 
 def write_json(path, value):
@@ -135,107 +168,150 @@ def write_json(path, value):
     os.replace(temporary, path)
 
 
+def open_array(path, shape, dtype):
+    """Memory map of an .npy file. ValueError unless it holds this shape and dtype in C order."""
+    with reading(f"{path}: damaged", "delete the folder and make it again"):
+        array = open_memmap(path, mode="r")
+        if array.shape != tuple(shape) or array.dtype != dtype or not array.flags.c_contiguous:
+            raise ValueError(f"{array.dtype} {list(array.shape)}, expected {dtype} {list(shape)} in C order")
+    return array
+
+
 class ArrayFile:
-    """Rows of an .npy file written in place with ordinary writes: they raise when the disk is full (a memory map would
-    kill the process) and do not touch the rows that other nodes write."""
+    """Rows of an .npy file written in place with ordinary writes: they raise when the disk is full (a memory
+    map would kill the process) and do not touch the rows that other nodes write."""
 
     def __init__(self, path):
-        array = np.load(path, mmap_mode="r")
+        array = open_memmap(path, mode="r")
         self.offset, self.row, self.dtype = array.offset, array.strides[0], array.dtype
         self.file = open(path, "r+b", buffering=0)
 
     def write(self, start, rows):
-        data = np.ascontiguousarray(rows, dtype=self.dtype)
-        self.file.seek(self.offset + start * self.row)
-        if self.file.write(data) != data.nbytes:
-            raise OSError(f"{self.file.name}: short write; is the disk full?")
-        os.fsync(self.file.fileno())
+        data = memoryview(np.ascontiguousarray(rows, dtype=self.dtype)).cast("B")
+        try:
+            self.file.seek(self.offset + start * self.row)
+            while data:  # one call writes 2 GB at most
+                data = data[self.file.write(data) :]
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise OSError(f"{self.file.name}: {error.strerror}") from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Images
-
-
+# ---- images
 class Images:
-    """A folder of class folders, a .zip of one, or an ADM .npz: `images[i]` is an RGB PIL image, `labels[i]` its class.
+    """A folder of class folders, a .zip of one, or an ADM .npz; `limit`: only so many images, evenly spread.
 
-    Sorted by path; the class is the first folder of the path, its label the index of the sorted name.
+    `images[i]` is an RGB PIL image, `labels[i]` its class, `classes` the names. Files are class/file, sorted
+    by path; a folder around everything in a .zip is left off; hidden files do not count. The classes of an
+    .npz are the numbers up to the largest label or, if that is 100,000 or more, the labels that occur.
     ValueError for a source without usable images, and from `images[i]` for an unreadable one, which it names.
     """
 
     def __init__(self, source, limit=None):
-        """`limit`: only so many images, evenly spread."""
-        self.source, self.archive, self.pixels = Path(source), None, None
-        if not self.source.exists():
+        self.source, self.file = Path(source), None
+        if not (self.source.is_file() or self.source.is_dir()):
             raise ValueError(f"--data {source}: no such file or folder")
         if self.source.suffix == ".npz":
-            self._open_npz()
+            self._read_header()
         else:
             self._list_files()
         self.rows = np.arange(len(self.labels))
         if limit is not None:
-            if not 1 <= limit <= len(self.rows):
+            if limit > len(self.rows):
                 raise ValueError(f"--limit {limit}: the source has {len(self.rows)} images")
             self.rows = self.rows[np.linspace(0, len(self.rows) - 1, limit).astype(int)]
             self.labels = self.labels[self.rows]
 
-    def _open_npz(self):
-        try:
-            with np.load(self.source, allow_pickle=False) as file:
-                self.pixels, labels = file["arr_0"], file["arr_1"] if "arr_1" in file else None
-        except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-            raise ValueError(f"--data {self.source}: not an ADM .npz with arr_0 and arr_1 ({error})") from None
-        if self.pixels.dtype != np.uint8 or self.pixels.ndim != 4 or self.pixels.shape[3] != 3 or not len(self.pixels):
-            found = f"{self.pixels.dtype} {list(self.pixels.shape)}"
-            raise ValueError(f"--data {self.source}: arr_0 must be uint8 [N, H, W, 3] with N > 0, found {found}")
-        self.labels = np.zeros(len(self.pixels), np.int64) if labels is None else labels.astype(np.int64)
-        if self.labels.shape != (len(self.pixels),) or self.labels.min() < 0:
-            raise ValueError(f"--data {self.source}: arr_1 must hold one class index >= 0 per image of arr_0")
-        self.classes = [str(i) for i in range(self.labels.max() + 1)]
+    def _read_header(self):
+        expected = "it needs arr_0, uint8 [N, H, W, 3] in C order, and arr_1, N class indices >= 0"
+        with reading(f"--data {self.source}: no ADM .npz", expected), zipfile.ZipFile(self.source) as archive:
+            if damaged := archive.testzip():  # now, because images are read one by one
+                raise ValueError(f"wrong checksum of {damaged}")
+            with archive.open("arr_0.npy") as file:
+                read_magic(file)
+                self.shape, fortran_order, dtype = read_array_header_1_0(file)
+                self.start, size = file.tell(), archive.getinfo("arr_0.npy").file_size
+            whole = size - self.start == math.prod(self.shape) > 0
+            if dtype != np.uint8 or self.shape[3:] != (3,) or fortran_order or not whole:
+                raise ValueError(f"arr_0 is {dtype} {list(self.shape)}")
+            labels = np.zeros(self.shape[0], np.int64)
+            if "arr_1.npy" in archive.namelist():
+                labels = read_array(archive.open("arr_1.npy"), allow_pickle=False)
+            if labels.dtype.kind not in "iu" or labels.shape != self.shape[:1] or labels.min() < 0:
+                raise ValueError(f"arr_1 is {labels.dtype} {list(labels.shape)}")
+        if labels.max() < 100_000:
+            names, self.labels = range(int(labels.max()) + 1), labels.astype(np.int64)
+        else:
+            names, self.labels = np.unique(labels, return_inverse=True)
+        self.classes, self.paths = [str(name) for name in names], None
 
     def _list_files(self):
         if self.source.is_dir():
-            paths = [PurePosixPath(p.relative_to(self.source).as_posix()) for p in self.source.rglob("*")]
-            folders = {p.name for p in self.source.iterdir() if p.is_dir() and not p.name.startswith(".")}
-        elif zipfile.is_zipfile(self.source):
-            with zipfile.ZipFile(self.source) as archive:
-                paths = [PurePosixPath(name) for name in archive.namelist() if not name.startswith("__MACOSX/")]
-            folders = {p.parts[0] for p in paths if len(p.parts) > 1}
+            names = [f"{path.name}/" if path.is_dir() else path.name for path in self.source.iterdir()]
+            names += [path.relative_to(self.source).as_posix() for path in self.source.glob("*/**/*")]
         else:
-            raise ValueError(f"--data {self.source}: expected a folder of class folders, a .zip of one, or an .npz")
-        self.paths = sorted(p for p in paths if p.suffix.lower() in IMAGE_SUFFIXES)
-        loose = [p for p in self.paths if len(p.parts) == 1]
-        if loose:
-            raise ValueError(f"--data {self.source}: {loose[0]} lies outside the class folders; put it into one")
-        self.classes = sorted({p.parts[0] for p in self.paths})
-        empty = sorted(folders.difference(self.classes))
-        if empty or not self.paths:
+            expected = "expected a folder of class folders, a .zip of one, or an ADM .npz"
+            with reading(f"--data {self.source}: no .zip", expected), zipfile.ZipFile(self.source) as archive:
+                names = archive.namelist()
+                if outside := [name for name in names if name.startswith("/") or ".." in name.split("/")]:
+                    raise ValueError(f"{outside[0]} points out of it")
+        names = [name for name in names if "/." not in f"/{name}" and not name.startswith("__MACOSX/")]
+        images = {name for name in names if name.lower().endswith(IMAGE_SUFFIXES)}
+        images = sorted(images, key=lambda name: name.split("/"))
+        above = {name: "/".join(name.split("/")[:-2]) for name in images}  # the folder of the class folders
+        root = posixpath.commonpath(above.values()) if images and self.source.is_file() else ""
+        if deep := Counter(folder for folder in above.values() if folder != root):
+            meant, _ = deep.most_common(1)[0]
+            example = next(name for name in images if above[name] == meant)
+            remedy = f"did you mean {self.source / meant}?"
+            raise ValueError(f"--data {self.source}: {example} lies deeper than class/file; {remedy}")
+        self.prefix = posixpath.join(root, "")
+        names = [name.removeprefix(self.prefix) for name in names if name.startswith(self.prefix)]
+        self.paths = [name.removeprefix(self.prefix) for name in images]
+        if loose := [name for name in self.paths if "/" not in name]:
+            raise ValueError(f"--data {self.source}: {loose[0]} lies outside the class folders; move it")
+        folders = [name.split("/")[0] for name in self.paths]
+        self.classes = sorted(set(folders))
+        empty = sorted({name.split("/")[0] for name in names if "/" in name}.difference(folders))
+        if empty or not images:
             where = f"class folder {empty[0]!r}" if empty else "the source"
             raise ValueError(f"--data {self.source}: {where} holds no image ({', '.join(IMAGE_SUFFIXES)})")
-        self.labels = np.array([self.classes.index(p.parts[0]) for p in self.paths], dtype=np.int64)
+        index = {name: label for label, name in enumerate(self.classes)}
+        self.labels = np.array([index[name] for name in folders], dtype=np.int64)
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, i):
         i = self.rows[i]
-        if self.pixels is not None:
-            return Image.fromarray(self.pixels[i])
-        try:
-            if self.source.is_dir():
-                return Image.open(self.source / self.paths[i]).convert("RGB")
-            if self.archive is None:  # opened by the process that reads: a file position cannot be shared
-                self.archive = zipfile.ZipFile(self.source)
-            with self.archive.open(str(self.paths[i])) as file:
-                return Image.open(file).convert("RGB")
-        except (OSError, ValueError, SyntaxError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
-            raise ValueError(f"--data {self.source}: cannot read image {self.paths[i]} ({error})") from None
+        name = self.paths[i] if self.paths else i
+        remedy = "repair or remove it, or pass --skip-bad"
+        with reading(f"--data {self.source}: cannot read image {name}", remedy):
+            image = self._open(i).convert("RGB")
+            if max(image.size) >= 200 * min(image.size):  # scaled, it would fill the memory
+                raise ValueError(f"{image.width} x {image.height} pixels")
+            return image
+
+    def _open(self, i):
+        if self.source.is_dir():
+            return Image.open(self.source / self.paths[i])
+        if self.file is None:  # opened by the process that reads: a position in a file cannot be shared
+            archive = zipfile.ZipFile(self.source)
+            self.file = archive if self.paths else archive.open("arr_0.npy")
+        if self.paths:
+            member = self.file.getinfo(self.prefix + self.paths[i])
+            if member.file_size > 2**28:
+                raise ValueError(f"{member.file_size} bytes")
+            return Image.open(io.BytesIO(self.file.read(member)))  # its end checks the checksum
+        self.file.seek(self.start + int(i) * math.prod(self.shape[1:]))
+        pixels = np.frombuffer(self.file.read(math.prod(self.shape[1:])), np.uint8)
+        return Image.fromarray(pixels.reshape(self.shape[1:]))
 
 
 def center_crop(image, size):
-    """ADM's preprocessing: the centred `size` x `size` square of a PIL image (guided-diffusion, arXiv 2105.05233).
+    """ADM's preprocessing: the centred `size` x `size` square of a PIL image (arXiv 2105.05233).
 
-    Halve with BOX while the short side is at least 2 size, scale it to `size` with BICUBIC, cut out the centre.
+    Halve with BOX while the short side is at least 2 size, scale it to `size` with BICUBIC, crop.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -245,43 +321,26 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-def center_box(image):
-    """(h0, w0, top, left, h, w): size of a PIL image and the box of its centred square, in pixels of the original."""
-    side = min(image.size)
-    return image.height, image.width, (image.height - side) // 2, (image.width - side) // 2, side, side
-
-
-def random_box(image, rng):
-    """Like center_box, for a random square of 0.4 to 1 times the centred one's area (arXiv 2411.03177; 0.4 is ours)."""
-    side = min(image.size)
-    side = max(1, round(side * rng.uniform(0.4, 1) ** 0.5))
-    top, left = rng.integers(image.height - side, endpoint=True), rng.integers(image.width - side, endpoint=True)
-    return image.height, image.width, top, left, side, side
-
-
 def image_views(image, size, flip, crops, rng):
     """The views of a PIL image as uint8 [V, 3, size, size], and their rows of control.npy: int32 [V, 7].
 
-    Boxes are in pixels of the image before it is mirrored. With `flip`, half of the random crops are mirrored as well.
+    Random squares have 0.4 to 1 times the area of the centred one (arXiv 2411.03177; 0.4 is ours); with
+    `flip`, half of them are mirrored. Boxes are in pixels of the image before it is mirrored.
     """
-    center = center_crop(image, size)
-    squares, control = [center], [(*center_box(image), 0)]
-    if flip:
-        squares.append(center.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
-        control.append((*center_box(image), 1))
+    (w0, h0), short = image.size, min(image.size)
+    center = center_crop(image, size), ((h0 - short) // 2, (w0 - short) // 2, short)
+    views = [(*center, False), (*center, True)][: 1 + flip]                       # square, box, mirrored?
     for _ in range(crops):
-        _, _, top, left, h, w = box = random_box(image, rng)
-        square = center_crop(image.crop((left, top, left + w, top + h)), size)
-        mirror = flip and rng.random() < 0.5
-        squares.append(square.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else square)
-        control.append((*box, mirror))
-    return np.stack([np.asarray(square).transpose(2, 0, 1) for square in squares]), np.array(control, dtype=np.int32)
+        side = max(1, round(short * rng.uniform(0.4, 1) ** 0.5))
+        top, left = rng.integers(h0 - side, endpoint=True), rng.integers(w0 - side, endpoint=True)
+        square = center_crop(image.crop((left, top, left + side, top + side)), size)
+        views.append((square, (top, left, side), flip and rng.random() < 0.5))
+    pixels = [np.asarray(square)[:, ::-1] if mirror else np.asarray(square) for square, _, mirror in views]
+    control = [(h0, w0, top, left, side, side, mirror) for _, (top, left, side), mirror in views]
+    return np.stack(pixels).transpose(0, 3, 1, 2), np.array(control, dtype=np.int32)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Autoencoders: pixels in [-1, 1] <-> latents
-
-
+# ---- autoencoders: pixels in [-1, 1] <-> latents
 class Pixels:
     """`--vae none`: the pixels themselves are the latents, mean = pixel, standard deviation = 0."""
 
@@ -299,89 +358,62 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(32, c_in, eps=1e-6), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2, self.conv2 = nn.GroupNorm(32, c_out, eps=1e-6), nn.Conv2d(c_out, c_out, 3, padding=1)
-        if c_in != c_out:
-            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over all positions with one head."""
+    """Self-attention over all positions, with one head."""
 
     def __init__(self, c):
         super().__init__()
         self.group_norm = nn.GroupNorm(32, c, eps=1e-6)
         self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
-        self.to_out = nn.ModuleList([nn.Linear(c, c)])
+        self.to_out = nn.Sequential(nn.Linear(c, c))
 
     def forward(self, x):
         h = self.group_norm(x).flatten(2).mT.unsqueeze(1)                         # (N, 1, H W, C)
         h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
-        return x + self.to_out[0](h).squeeze(1).mT.reshape(x.shape)
+        return x + self.to_out(h).squeeze(1).mT.reshape(x.shape)
 
 
-class Resample(nn.Module):
-    """Halve (padded at the right and the bottom only) or double the sides, with a convolution."""
-
-    def __init__(self, c, up):
+class MiddleBlock(nn.Module):
+    def __init__(self, c):
         super().__init__()
-        self.up, self.conv = up, nn.Conv2d(c, c, 3, padding=1) if up else nn.Conv2d(c, c, 3, stride=2)
+        self.resnets = nn.ModuleList([ResnetBlock(c, c), ResnetBlock(c, c)])
+        self.attentions = nn.ModuleList([AttentionBlock(c)])
 
     def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0) if self.up else F.pad(x, (0, 1, 0, 1)))
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-class Stage(nn.Module):
-    """Residual blocks, attention between the two of the middle stage, and a change of resolution after the others."""
-
-    def __init__(self, channels, attention=False, resample=None):
-        super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(a, b) for a, b in pairwise(channels))
-        if attention:
-            self.attentions = nn.ModuleList([AttentionBlock(channels[-1])])
-        if resample:
-            setattr(self, resample, nn.ModuleList([Resample(channels[-1], up=resample == "upsamplers")]))
-
-    def forward(self, x):
-        layers = list(self.resnets)
-        for name, place in (("attentions", 1), ("downsamplers", len(layers)), ("upsamplers", len(layers))):
-            layers[place:place] = getattr(self, name, [])
-        for layer in layers:
-            x = layer(x)
-        return x
-
-
-class Coder(nn.Module):
-    """The encoder or the decoder: convolution, stages (the middle one last or first), normalised convolution."""
-
-    def __init__(self, c_in, c_out, channels, up):
-        super().__init__()
-        widths = channels[::-1] if up else channels
-        kind, blocks = ("upsamplers", 3) if up else ("downsamplers", 2)
-        stages = nn.ModuleList()
-        for i, (before, c) in enumerate(zip([widths[0], *widths], widths, strict=False)):
-            stages.append(Stage([before] + [c] * blocks, resample=kind if i < len(widths) - 1 else None))
-        self.conv_in = nn.Conv2d(c_in, widths[0], 3, padding=1)
-        self.mid_block = Stage([channels[-1]] * 3, attention=True)
-        setattr(self, "up_blocks" if up else "down_blocks", stages)
-        self.order = [self.mid_block, *stages] if up else [*stages, self.mid_block]  # a list: no modules of its own
-        self.conv_norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], c_out, 3, padding=1)
-
-    def forward(self, x):
-        x = self.conv_in(x)
-        for stage in self.order:
-            x = stage(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+def coder(c_in, c_out, channels, up):
+    """The encoder or, with `up`, the decoder. Modules are named as in diffusers."""
+    widths, blocks, name = (channels[::-1], 3, "upsamplers") if up else (channels, 2, "downsamplers")
+    stages = nn.Sequential()
+    for i, (before, c) in enumerate(pairwise([widths[0], *widths])):
+        resnets = [ResnetBlock(before, c)] + [ResnetBlock(c, c) for _ in range(blocks - 1)]
+        stage = OrderedDict(resnets=nn.Sequential(*resnets))
+        resize = nn.Upsample(scale_factor=2.0) if up else nn.ZeroPad2d((0, 1, 0, 1))
+        conv = nn.Conv2d(c, c, 3, padding=1) if up else nn.Conv2d(c, c, 3, stride=2)
+        if i < len(widths) - 1:
+            stage[name] = nn.Sequential(nn.Sequential(OrderedDict(resize=resize, conv=conv)))
+        stages.append(nn.Sequential(stage))
+    middle = MiddleBlock(channels[-1])
+    stages = dict(mid_block=middle, up_blocks=stages) if up else dict(down_blocks=stages, mid_block=middle)
+    layers = OrderedDict(conv_in=nn.Conv2d(c_in, widths[0], 3, padding=1), **stages)
+    layers["conv_norm_out"], layers["act"] = nn.GroupNorm(32, widths[-1], eps=1e-6), nn.SiLU()
+    layers["conv_out"] = nn.Conv2d(widths[-1], c_out, 3, padding=1)
+    return nn.Sequential(layers)
 
 
 class AutoencoderKL(nn.Module):
-    """Stable Diffusion's autoencoder (arXiv 2112.10752): images of sides divisible by 8 <-> latents of 4 channels.
+    """Stable Diffusion's autoencoder (arXiv 2112.10752): images <-> latents of 4 channels, 1/8 of the side.
 
-    Module names are diffusers'. sd-vae-ft-mse and sd-vae-ft-ema have the same encoder.
+    sd-vae-ft-mse and sd-vae-ft-ema have the same encoder and different decoders.
     """
 
     channels, downsampling, scale, shift = 4, 8, 0.18215, 0.0
@@ -389,15 +421,15 @@ class AutoencoderKL(nn.Module):
 
     def __init__(self, channels=(128, 256, 512, 512)):
         super().__init__()
-        self.encoder, self.quant_conv = Coder(3, 8, channels, up=False), nn.Conv2d(8, 8, 1)
-        self.decoder, self.post_quant_conv = Coder(4, 3, channels, up=True), nn.Conv2d(4, 4, 1)
+        self.encoder, self.quant_conv = coder(3, 8, channels, up=False), nn.Conv2d(8, 8, 1)
+        self.decoder, self.post_quant_conv = coder(4, 3, channels, up=True), nn.Conv2d(4, 4, 1)
         self.eval().requires_grad_(False)
 
     def slices(self, batch, side):
         return batch.split(max(1, self.pixels_at_once // side**2))
 
     def encode(self, images):
-        """Images [N, 3, H, W] in [-1, 1] -> mean and standard deviation [N, 4, H/8, W/8] of the latents, not scaled."""
+        """Images [N, 3, H, W] in [-1, 1] -> mean and standard deviation [N, 4, H/8, W/8], not scaled."""
         moments = [self.quant_conv(self.encoder(x)) for x in self.slices(images, max(images.shape[2:]))]
         mean, log_variance = torch.cat(moments).chunk(2, dim=1)
         return mean, torch.exp(0.5 * log_variance.clamp(-30, 20))
@@ -409,60 +441,59 @@ class AutoencoderKL(nn.Module):
 
 
 def read_weights(path):
-    """The state dict of a .safetensors or PyTorch file. ValueError if it is no such file."""
-    try:
+    """The dict in a .safetensors or PyTorch file. ValueError if there is none."""
+    with reading(f"{path}: not readable as weights", "copy or download it again"):
         if str(path).endswith(".safetensors"):
             return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the readers meet in a foreign or damaged file
-        raise ValueError(f"{path}: not readable as weights ({str(error).splitlines()[0]})") from None
+        return dict(torch.load(path, map_location="cpu", weights_only=True).items())
+
+
+def check_hub():
+    """Where the hub does not answer, use only its local cache: its client would try again for a minute."""
+    hub = huggingface_hub.constants
+    address = urlsplit(hub.ENDPOINT)
+    if not urllib.request.getproxies():
+        try:
+            port = address.port or {"http": 80}.get(address.scheme, 443)
+            socket.create_connection((address.hostname, port), timeout=3).close()
+        except OSError:
+            hub.HF_HUB_OFFLINE = True
 
 
 def load_autoencoder(name, device="cpu"):
-    """`name`: none, a hub repository, or a local folder or file with the weights of Stable Diffusion's autoencoder.
+    """`name`: none, a hub repository, or a local folder or file with Stable Diffusion's autoencoder.
 
-    The result has `channels, downsampling, scale, shift, encode, decode`; a model sees (latent - shift) * scale.
+    The result has channels, downsampling, scale, shift, encode, decode; models see (latent - shift) * scale.
     ValueError if the weights cannot be had or are of another architecture.
     """
     if name == "none":
         return Pixels()
-    path, names = Path(name), ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+    path, file = Path(name), "diffusion_pytorch_model.safetensors"
     if path.is_dir():
-        path = next((path / name for name in names if (path / name).exists()), None)
-        if path is None:
-            raise ValueError(f"--vae {name}: the folder holds neither {names[0]} nor {names[1]}")
+        path = path / file
     elif not path.is_file():
-        try:
-            path = huggingface_hub.hf_hub_download(name, names[0])
-        except Exception as error:  # no network, no such repository, no such file: a zoo of types
-            reason = f"cannot be downloaded ({str(error).splitlines()[0]})"
-            remedy = f"pass a folder or file with its {names[0]} (training needs it for pictures: --sample-every 0)"
-            raise ValueError(f"--vae {name}: {reason}; {remedy}") from None
-    renamed = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # older files
-    state = {}
-    for key, value in read_weights(path).items():
-        for old, new in renamed.items():
-            key = key.replace(f"attentions.0.{old}.", f"attentions.0.{new}.")
-        state[key] = value.flatten(1) if "attentions.0.to_" in key and value.ndim == 4 else value
-    autoencoder = AutoencoderKL()
-    try:
+        check_hub()
+        remedy = f"pass a folder or file with its {file} (training needs it for pictures: --sample-every 0)"
+        with reading(f"--vae {name}: cannot be downloaded", remedy):
+            path = huggingface_hub.hf_hub_download(name, file)
+    weights, state, autoencoder = read_weights(path), {}, AutoencoderKL()
+    renamed = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # in older files
+    with reading(f"--vae {name}: weights of another architecture", "pass those of an SD autoencoder"):
+        for key, value in weights.items():
+            for old, new in renamed.items():
+                key = key.replace(f"attentions.0.{old}.", f"attentions.0.{new}.")
+            state[key] = value.flatten(1) if "attentions.0.to_" in key and value.ndim == 4 else value
         autoencoder.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise ValueError(f"--vae {name}: weights of another architecture ({reason[:200]})") from None
     return autoencoder.to(device)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Encoders: pixels -> one target vector per token
-
-
+# ---- encoders: pixels -> one target vector per token
 class HOG:
-    """Histograms of oriented gradients (Dalal and Triggs, 2005), one vector for each cell of a grid x grid raster.
+    """Histograms of oriented gradients (Dalal and Triggs, 2005), one vector for each cell of a grid.
 
-    Classical spatial features are enough for part of REPA's gain (arXiv 2512.10794), need no weights, and suit images
-    of any size. A vector holds the histograms of the cell and of its eight neighbours, L2-normalised together with a
-    constant, which leaves a direction, not a zero vector, where an image is flat.
+    Classical spatial features give part of REPA's gain (arXiv 2512.10794), need no weights and suit any image
+    size. A vector holds the histograms of the cell and of its eight neighbours, L2-normalised together with a
+    constant, so that a flat image gives a direction and not a zero vector.
     """
 
     bins, floor = 9, 0.02
@@ -488,31 +519,34 @@ class HOG:
 class ViT:
     """Patch tokens of a frozen timm ViT on a grid x grid raster, as REPA takes them (arXiv 2410.06940).
 
-    The image is normalised as the encoder's training did, then scaled to grid x patch pixels (bicubic, no antialias);
-    timm resamples the position table once (bicubic, antialias). Class and register tokens are dropped. Tokens of the
-    last block pass the final norm, except those of MAE and CLIP, as in REPA. ValueError if weights cannot be had.
+    The image is normalised as in the encoder's training, then scaled to grid x patch pixels (bicubic, no
+    antialias); timm resamples the position table once (bicubic, antialias). Class and register tokens are
+    dropped. ValueError if weights cannot be had.
     """
 
     def __init__(self, name, grid, weights=None, device="cpu"):
-        try:
-            with torch.device("meta"):
-                patch = timm.create_model(name).patch_embed.patch_size[0]
-        except (RuntimeError, AttributeError, ValueError) as error:
-            raise ValueError(f"--encoder {name}: not a ViT that timm knows ({str(error).splitlines()[0]})") from None
-        source = {"state_dict": read_weights(weights)} if weights else None
-        options = dict(num_classes=0, img_size=grid * patch, pretrained_cfg_overlay=source)
-        try:
-            self.model = timm.create_model(name, pretrained=True, **options).to(device).eval().requires_grad_(False)
-        except Exception as error:  # no network, or weights that do not fit: a zoo of types
-            reason = str(error).strip().splitlines()[0][:200]
-            if weights:
-                raise ValueError(f"--encoder-weights {weights}: not weights of {name} ({reason})") from None
-            reason = f"its weights cannot be downloaded ({reason})"
-            raise ValueError(f"--encoder {name}: {reason}; on an offline machine pass --encoder-weights FILE") from None
+        quick = name.replace("_clip_", "_clip_quickgelu_")
+        if quick != name and quick in timm.list_models(pretrained=True):
+            raise ValueError(f"--encoder {name}: these weights need QuickGELU; pass {quick}")
+        what, remedy = f"--encoder {name}: not a ViT that timm knows", "see timm.list_models('vit*')"
+        with reading(what, remedy), torch.device("meta"):
+            patch = timm.create_model(name).patch_embed.patch_size[0]
+        options = dict(num_classes=0, img_size=grid * patch)
+        if weights:
+            options["pretrained_cfg_overlay"] = {"state_dict": read_weights(weights)}
+            failure = f"--encoder-weights {weights}: not weights of {name}", "pass its own"
+        else:
+            check_hub()
+            failure = f"--encoder {name}: its weights cannot be downloaded", "pass --encoder-weights FILE"
+        with reading(*failure):
+            self.model = timm.create_model(name, pretrained=True, **options)
+        self.model.to(device).eval().requires_grad_(False)
         self.side, self.widths, self.device = grid * patch, [self.model.embed_dim], torch.device(device)
         self.norm = not any(family in name for family in (".mae", "_clip_"))
         config = timm.data.resolve_model_data_config(self.model)
-        self.mean, self.std = (torch.tensor(config[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
+        self.mean, self.std = (torch.tensor(config[k], device=device).view(3, 1, 1) for k in ("mean", "std"))
+        with reading(what, remedy):
+            self(torch.zeros(1, 3, 8, 8, dtype=torch.uint8, device=device)).view(grid**2, *self.widths)
 
     def __call__(self, images):                                                   # (N, 3, H, W) uint8
         x = (images.float() / 255 - self.mean) / self.std
@@ -522,100 +556,132 @@ class ViT:
             return self.model.forward_intermediates(x, **options)[0].float()      # (N, T, F)
 
 
-class Several:
-    """Several encoders side by side: their tokens concatenated, `widths` says where to cut."""
+class Encoders:
+    """Encoders side by side: uint8 images [N, 3, H, W] -> tokens [N, grid^2, sum of `widths`].
 
-    def __init__(self, encoders):
-        self.encoders, self.widths = encoders, [width for encoder in encoders for width in encoder.widths]
+    `names`: hog or timm ViTs, with commas between; `weights`: files for the ViTs, likewise.
+    """
+
+    def __init__(self, names, grid, weights=None, device="cpu"):
+        names, files = names.split(","), weights.split(",") if weights else []
+        vits = [name for name in names if name != "hog"]
+        if files and len(files) != len(vits):
+            raise ValueError(f"--encoder-weights: {len(files)} files for {len(vits)} encoders with weights")
+        files = dict(zip(vits, files, strict=False))
+        vits = {name: ViT(name, grid, files.get(name), device) for name in vits}
+        self.encoders = [vits.get(name) or HOG(grid) for name in names]
+        self.widths = [width for encoder in self.encoders for width in encoder.widths]
 
     def __call__(self, images):
         return torch.cat([encoder(images) for encoder in self.encoders], dim=-1)
 
 
-def load_encoder(names, grid, weights=None, device="cpu"):
-    """`names`: none, or hog and timm ViTs with commas between; `weights`: files for the ViTs, likewise.
-
-    The result maps uint8 images [N, 3, H, W] to tokens [N, grid^2, sum of `widths`]; None for none.
-    """
-    if names == "none":
-        return None
-    names, files = names.split(","), weights.split(",") if weights else []
-    vits = [name for name in names if name != "hog"]
-    if files and len(files) != len(vits):
-        raise ValueError(f"--encoder-weights: {len(files)} files for {len(vits)} encoders with weights")
-    files = dict(zip(vits, files, strict=False))
-    return Several([HOG(grid) if name == "hog" else ViT(name, grid, files.get(name), device) for name in names])
-
-
 def to_int8(targets):
-    """Tokens [..., F] as int8, each scaled to its largest value: the direction remains, all that REPA's loss sees."""
+    """Tokens [..., F] scaled to fill int8: the direction remains, which is all that REPA's loss sees."""
     return (targets / targets.abs().amax(-1, keepdim=True).clamp(min=1e-12) * 127).round().to(torch.int8)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The cache: reader
+# ---- the cache: its format and its reader
+def layout(meta, target_dtype):
+    """Shape and dtype of the arrays of a cache."""
+    images, side, width = [meta["count"], meta["views"]], meta["latent_side"], sum(meta["target_widths"])
+    arrays = {
+        "moments": dict(shape=[*images, 2 * meta["latent_channels"], side, side], dtype="float16"),
+        "labels": dict(shape=images[:1], dtype="int64"),
+        "control": dict(shape=[*images, 7], dtype="int32"),
+    }
+    if width:
+        arrays["targets"] = dict(shape=[*images, meta["grid"] ** 2, width], dtype=target_dtype)
+    return arrays
+
+
+def check_meta(meta):
+    """Every entry of meta.json: its type, then its range. ValueError names the first that is not sound."""
+    whole = "count image_size views latent_channels latent_side grid chunk".split()
+    whole = dict.fromkeys(whole, 1) | dict(crops=0, seed=0)  # their minima
+    types = dict.fromkeys(whole, int) | dict(limit=(int, type(None)), latent_scale=(int, float))
+    types |= dict(latent_shift=(int, float), source=str, vae=str, encoder=str, flip=bool, complete=bool)
+    types |= dict(classes=list, target_widths=list, skipped=list, arrays=dict)
+    sound = {key: key in meta and isinstance(meta[key], kind) for key, kind in types.items()}
+    if all(sound.values()):
+        sound = {key: least <= meta[key] < 2**31 for key, least in whole.items()}
+        names = {name for name in meta["classes"] if isinstance(name, str)}
+        sound["classes"] = 0 < len(names) == len(meta["classes"])
+        sound["views"] = meta["views"] == 1 + meta["flip"] + meta["crops"]
+        sound["latent_scale"] = 0 < meta["latent_scale"] < 1e6
+        sound["latent_shift"] = abs(meta["latent_shift"]) < 1e6
+        sound["target_widths"] = all(type(width) is int and width > 0 for width in meta["target_widths"])
+    if all(sound.values()):
+        sound["grid"] = meta["latent_side"] % meta["grid"] == 0
+        layouts = [layout(meta, dtype) for dtype in ("float16", "int8")]
+        sound["arrays"] = any(meta["arrays"].items() <= arrays.items() for arrays in layouts)
+    for key in (key for key, good in sound.items() if not good):
+        raise ValueError(f"{key} is {meta.get(key)!r:.60}")
 
 
 def to_autoencoder(latents, meta):
-    """The inverse of CachedFeatures.latents: latents as a model makes them -> as the autoencoder decodes them."""
+    """The inverse of CachedFeatures.latents: latents of a model -> latents that the autoencoder decodes."""
     return latents / meta["latent_scale"] + meta["latent_shift"]
 
 
 def own_session(worker):
-    """Put a loader process out of reach of the signals that end a run: it is needed until the checkpoint is written."""
+    """Shield a loader process from the signals that end a run: the last checkpoint still needs it."""
     os.setsid()
 
 
 class CachedFeatures(Dataset):
-    """Reader of a cache: item i is view i % V of image i // V. Batched gathers in file order, so that a disk keeps up.
+    """Reader of a cache: item i is view i % V of image i // V. Batches are read in file order, the fastest.
 
-    `features.__getitems__(indices)` returns a dict of arrays, one row per index:
-        moments [n, 2C, h, w] float16, labels [n] int64, control [n, 7] int32, and with `targets` targets [n, T, F].
+    `features.__getitems__(indices)` returns a dict of arrays, a row per index: moments [n, 2C, h, w] float16
+    and labels [n] int64; with `control`, control [n, 7] int32; with `targets`, targets [n, T, F].
     `features.meta` is meta.json, `features.labels` [number of images] the labels; images that were skipped as
-    unreadable are not counted. ValueError if `path` is no complete cache of this version, or lacks targets or control.
+    unreadable do not count. ValueError unless `path` holds a complete, sound cache with targets and control.
     """
 
     def __init__(self, path, targets=True, control=True):
         path = Path(path)
         self.opened = path, targets, control
         if not (path / "meta.json").is_file():
-            raise ValueError(f"{path}: no feature cache there (no meta.json); make one with extract_features.py")
-        self.meta = json.loads((path / "meta.json").read_text())
-        if self.meta.get("format_version") != FORMAT_VERSION:
-            found = self.meta.get("format_version")
-            raise ValueError(f"{path}: cache format {found}, this version reads {FORMAT_VERSION}; extract it again")
-        if not self.meta["complete"]:
-            raise ValueError(f"{path}: the cache is incomplete; run the same extract_features.py command again")
+            raise ValueError(f"{path}: no feature cache there; make one with extract_features.py")
+        self.meta = meta = read_json(path / "meta.json")
+        if meta.get("format_version") != FORMAT_VERSION:
+            found = f"{meta.get('format_version')!r:.60}"
+            raise ValueError(f"{path}: cache format {found}, not {FORMAT_VERSION}; extract it again")
+        with reading(f"{path / 'meta.json'}: damaged", "delete the folder and extract it again"):
+            check_meta(meta)
+        if not meta["complete"]:
+            raise ValueError(f"{path}: the cache is incomplete; run the same command again to complete it")
         names = ["moments", "labels"] + ["control"] * bool(control) + ["targets"] * bool(targets)
-        missing = [name for name in names if name not in self.meta["arrays"]]
+        missing = [name for name in names if name not in meta["arrays"]]
         if missing:
             remedy = "extract it with an --encoder" if missing[0] == "targets" else "extract it again"
             raise ValueError(f"{path}: the cache has no {missing[0]}; {remedy}")
-        self.arrays = {}
-        for name in names:
-            try:
-                array = np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError) as error:
-                raise ValueError(f"{path}/{name}.npy: unreadable ({error}); extract the cache again") from None
-            if list(array.shape) != self.meta["arrays"][name]["shape"]:
-                raise ValueError(f"{path}/{name}.npy: shape {array.shape} is not that of meta.json; extract it again")
-            self.arrays[name] = array if name == "labels" else array.reshape(-1, *array.shape[2:])
-        self.views, self.rows = self.meta["views"], np.flatnonzero(self.arrays["labels"] >= 0)
-        self.labels = np.asarray(self.arrays["labels"])[self.rows]
+        self.arrays = {name: open_array(path / f"{name}.npy", **meta["arrays"][name]) for name in names}
+        self.views, labels = meta["views"], np.array(self.arrays["labels"])
+        self.rows = np.flatnonzero(labels >= 0)
+        self.labels = labels[self.rows]
+        if not len(self.rows):
+            raise ValueError(f"{path}: none of its images was readable; extract it again")
+        if labels.max() >= len(meta["classes"]) or np.flatnonzero(labels < 0).tolist() != meta["skipped"]:
+            raise ValueError(f"{path}/labels.npy: damaged, labels that are no classes; extract it again")
+        for name in set(names) - {"labels"}:
+            self.arrays[name] = self.arrays[name].reshape(-1, *self.arrays[name].shape[2:])
 
     @property
     def model_options(self):
         """What a model must know of the cache: input_size, in_channels, num_classes."""
-        names = dict(input_size="latent_side", in_channels="latent_channels")
-        return {name: self.meta[key] for name, key in names.items()} | {"num_classes": len(self.meta["classes"])}
+        meta = self.meta
+        shape = dict(input_size=meta["latent_side"], in_channels=meta["latent_channels"])
+        return shape | dict(num_classes=len(meta["classes"]))
 
     def latents(self, moments, noise=0):
-        """Moments [N, 2C, h, w] and noise [N, C, h, w] -> latents as the model sees them; noise 0: the mean."""
+        """Moments [N, 2C, h, w], noise [N, C, h, w] or 0 for the mean -> latents as the model sees them."""
         mean, std = moments.float().chunk(2, dim=1)
         return (mean + std * noise - self.meta["latent_shift"]) * self.meta["latent_scale"]
 
     def spread(self, images):
-        """A batch (see __getitems__) of the first views of about so many images, evenly spread over the classes."""
+        """A batch (see __getitems__) of the first views of about so many images, evenly spread over the
+        classes."""
         by_class = np.argsort(self.labels, kind="stable")
         chosen = by_class[np.linspace(0, len(by_class) - 1, min(images, len(by_class))).astype(int)]
         return default_convert(self.__getitems__(chosen * self.views))
@@ -628,11 +694,11 @@ class CachedFeatures(Dataset):
         if workers is None:
             workers = min(4, os.cpu_count()) if "targets" in self.arrays else 0
         options = dict(num_workers=workers, pin_memory=pin_memory, worker_init_fn=own_session)
-        # the dataset returns whole batches, so there is nothing to stack: default_convert only makes tensors of arrays
+        # the dataset returns whole batches: nothing to stack, default_convert only turns arrays into tensors
         return iter(DataLoader(self, batch_sampler=order, collate_fn=default_convert, **options))
 
     def __reduce__(self):
-        return CachedFeatures, self.opened  # a spawned loader process opens the files itself: a pickle would copy them
+        return CachedFeatures, self.opened  # a spawned loader process opens the files, it gets no copies
 
     def __len__(self):
         return len(self.rows) * self.views
@@ -648,103 +714,71 @@ class CachedFeatures(Dataset):
             batch[name][order] = array[rows[order]]
         return batch
 
-    def control_table(self, per_class=50):
-        """int32 [classes, per_class, 7]: control rows of `per_class` images of each class, centred and not mirrored.
+    @cached_property
+    def control_table(self):
+        """int32 [classes, 50, 7]: control of 50 images of each class, centred and not mirrored; None without.
 
         Evenly spread over a class, repeated if it has fewer; zeros (no control) for a class without images.
         """
-        table = np.zeros((len(self.meta["classes"]), per_class, 7), np.int32)
+        if "control" not in self.arrays:
+            return None
+        table = torch.zeros(len(self.meta["classes"]), 50, 7, dtype=torch.int32)
         for label in np.unique(self.labels):
             images = self.rows[self.labels == label]
-            images = images[np.linspace(0, len(images) - 1, per_class).astype(int)]
-            table[label] = self.arrays["control"][images * self.views]
+            images = images[np.linspace(0, len(images) - 1, 50).astype(int)]
+            table[label] = torch.from_numpy(self.arrays["control"][images * self.views])
         return table
 
-    def __getitem__(self, index):
-        return {name: rows[0] for name, rows in self.__getitems__([index]).items()}
 
+# ---- the cache: its writer
+class Views(Dataset):
+    """Item i: `image_views` of image i and "", or of a black image and why image i is unreadable (an
+    exception would leave a loader process as a traceback)."""
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The cache: writer
+    def __init__(self, images, image_size, flip, crops, seed):
+        self.images, self.seed, self.options = images, seed, (image_size, flip, crops)
 
-
-class Chunks(Dataset):
-    """Item c: the views of images c * size .. (c+1) * size - 1 as uint8 [n, V, 3, S, S], their control rows [n, V, 7],
-    and a dict of the unreadable ones, index -> error (an exception would leave the worker as a traceback)."""
-
-    def __init__(self, images, size, image_size, flip=False, crops=0, seed=0):
-        self.images, self.size, self.image_size, self.views, self.seed = images, size, image_size, (flip, crops), seed
-
-    def __len__(self):
-        return -(-len(self.images) // self.size)
-
-    def __getitem__(self, chunk):
-        pixels, control, bad = [], [], {}
-        for i in range(chunk * self.size, min((chunk + 1) * self.size, len(self.images))):
-            try:
-                image = self.images[i]
-            except ValueError as error:
-                image, bad[i] = Image.new("RGB", (self.image_size, self.image_size)), str(error)
-            views, rows = image_views(image, self.image_size, *self.views, np.random.default_rng([self.seed, i]))
-            pixels.append(views)
-            control.append(rows)
-        return chunk, np.stack(pixels), np.stack(control), bad
+    def __getitem__(self, i):
+        try:
+            image, error = self.images[i], ""
+        except ValueError as reason:
+            image, error = Image.new("RGB", self.options[:1] * 2), str(reason)
+        return *image_views(image, *self.options, np.random.default_rng([self.seed, i])), error
 
 
 @torch.inference_mode()
 def extract(out, meta, images, autoencoder, encoder, args, rank, world, device):
     """Encode this rank's share of the chunks that `progress.npy` does not mark as written."""
-    done = np.load(out / "progress.npy", mmap_mode="r")
-    todo = [chunk for chunk in np.flatnonzero(done == 0).tolist() if chunk % world == rank]
-    chunks = Chunks(images, meta["chunk"], meta["image_size"], args.flip, args.crops, args.seed)
-    loader = DataLoader(chunks, batch_size=None, sampler=todo, num_workers=args.workers)
-    files = {name: ArrayFile(out / f"{name}.npy") for name in meta["arrays"]}
-    progress = ArrayFile(out / "progress.npy")
-    bar = tqdm(total=meta["count"], initial=int(done.sum()) * meta["chunk"], unit="img", disable=rank > 0)
-    for chunk, pixels, control, bad in loader:
-        for i, error in bad.items():
-            if not args.skip_bad:
-                sys.exit(f"extract_features.py: {error}; repair or remove it, or pass --skip-bad")
-            tqdm.write(f"skipped: {error}", file=sys.stderr)
-            files["labels"].write(i, np.array([-1]))
-        start, (n, views) = chunk * meta["chunk"], pixels.shape[:2]
-        pixels = torch.as_tensor(pixels).flatten(0, 1).to(device)                 # (n V, 3, S, S) uint8
+    done, size = open_memmap(out / "progress.npy", mode="r"), meta["chunk"]
+    chunks = [chunk for chunk in np.flatnonzero(done == 0).tolist() if chunk % world == rank]
+    order = [range(chunk * size, min((chunk + 1) * size, meta["count"])) for chunk in chunks]
+    views = Views(images, meta["image_size"], args.flip, args.crops, args.seed)
+    loader = DataLoader(views, batch_sampler=order, num_workers=args.workers)
+    files = {name: ArrayFile(out / f"{name}.npy") for name in [*meta["arrays"], "progress"]}
+    interval = 0.1 if sys.stderr.isatty() else 30  # seconds between two states of the bar
+    bar = tqdm(total=meta["count"], unit="img", disable=rank > 0, mininterval=interval, miniters=1)
+    bar.update(min(int(done.sum()) * size, meta["count"]))
+    for chunk, indices, (pixels, control, errors) in zip(chunks, order, loader, strict=True):
+        labels = torch.from_numpy(images.labels[indices])
+        for i, error in enumerate(errors):
+            if error and not args.skip_bad:
+                raise ValueError(error)
+            if error:
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
+                labels[i] = -1
+        pixels = pixels.flatten(0, 1).to(device)                                  # (n V, 3, S, S) uint8
         moments = torch.cat(autoencoder.encode(pixels.float() / 127.5 - 1), dim=1)
-        rows = {"moments": moments, "control": control}
+        rows = {"moments": moments, "labels": labels, "control": control}
         if encoder:
-            targets = encoder(pixels)                                             # (n V, T, F)
-            rows["targets"] = to_int8(targets) if args.target_dtype == "int8" else targets
+            rows["targets"] = encoder(pixels)                                     # (n V, T, F)
         for name, values in rows.items():
-            values = torch.as_tensor(values).cpu().numpy().reshape(n, views, *meta["arrays"][name]["shape"][2:])
-            values = values.astype(meta["arrays"][name]["dtype"])
-            if not np.isfinite(values).all():
-                which = f"{name} of images {start} to {start + n - 1}"
-                sys.exit(f"extract_features.py: {which} are not finite in {values.dtype}")
-            files[name].write(start, values)
-        progress.write(chunk, np.ones(1))
-        bar.update(min(int(done.sum()) * meta["chunk"], meta["count"]) - bar.n)   # of all ranks
-
-
-def check_cache(path, size=1024):
-    """Read all of a cache and return a line that says what it holds. ValueError names what is missing or unsound."""
-    meta = CachedFeatures(path, targets=False).meta
-    features = CachedFeatures(path, targets="targets" in meta["arrays"])
-    if not len(features) or features.labels.max() >= len(meta["classes"]):
-        raise ValueError(f"{path}: labels that are no classes")
-    for start in tqdm(range(0, len(features), size), unit="chunk"):
-        batch = features.__getitems__(range(start, min(start + size, len(features))))
-        h0, w0, top, left, h, w, flip = batch["control"].T
-        std = batch["moments"][:, meta["latent_channels"] :]
-        sound = {
-            "moments": np.isfinite(batch["moments"]).all() and (std >= 0).all(),
-            "control": ((h > 0) & (w > 0) & (top >= 0) & (left >= 0) & (top + h <= h0) & (left + w <= w0)).all(),
-        }
-        if "targets" in batch:
-            tokens = batch["targets"].astype(np.float32)
-            sound["targets"] = np.isfinite(tokens).all() and (np.abs(tokens).max(-1) > 0).all()
-        for name in (name for name, good in sound.items() if not good):
-            raise ValueError(f"{path}: {name}.npy is unsound in views {start} to {start + size - 1}; extract it again")
-    return f"{path}: sound, {len(features):,} views of {len(features.labels):,} images"
+            dtype, shape = (meta["arrays"][name][key] for key in ("dtype", "shape"))
+            stored = to_int8(values) if dtype == "int8" else values.to(getattr(torch, dtype))
+            if not (values.isfinite().all() and stored.isfinite().all()):
+                raise ValueError(f"{name} of images {indices[0]} to {indices[-1]} are not finite in {dtype}")
+            files[name].write(indices[0], stored.reshape(len(indices), *shape[1:]).cpu().numpy())
+        files["progress"].write(chunk, [1])
+        bar.update(min(int(done.sum()) * size, meta["count"]) - bar.n)            # of all ranks
 
 
 def extract_digits(out):
@@ -755,111 +789,85 @@ def extract_digits(out):
 
 def describe(args, images, autoencoder, encoder):
     """The contents of meta.json."""
-    count, views, side = len(images), 1 + args.flip + args.crops, args.image_size // autoencoder.downsampling
-    grid = side // args.patch
-    arrays = {
-        "moments": dict(shape=[count, views, 2 * autoencoder.channels, side, side], dtype="float16"),
-        "labels": dict(shape=[count], dtype="int64"),
-        "control": dict(shape=[count, views, 7], dtype="int32"),
-    }
-    if encoder:
-        arrays["targets"] = dict(shape=[count, views, grid**2, sum(encoder.widths)], dtype=args.target_dtype)
-    return dict(
-        format_version=FORMAT_VERSION,
-        source=str(Path(args.data)),
-        count=count,
-        limit=args.limit,
-        classes=images.classes,
-        image_size=args.image_size,
-        views=views,
-        flip=args.flip,
-        crops=args.crops,
-        seed=args.seed,
-        vae=args.vae,
-        latent_channels=autoencoder.channels,
-        latent_side=side,
-        latent_scale=autoencoder.scale,
-        latent_shift=autoencoder.shift,
-        encoder=args.encoder,
-        target_widths=encoder.widths if encoder else [],
-        grid=grid,
-        chunk=args.batch_size,
-        arrays=arrays,
-        skipped=[],
-        complete=False,
-    )
+    side = args.image_size // autoencoder.downsampling
+    meta = {key: getattr(args, key) for key in "limit image_size flip crops seed vae encoder".split()}
+    meta |= dict(format_version=FORMAT_VERSION, source=str(Path(args.data)), complete=False, skipped=[])
+    meta |= dict(count=len(images), classes=images.classes, chunk=args.batch_size)
+    meta |= dict(views=1 + args.flip + args.crops, latent_side=side, latent_channels=autoencoder.channels)
+    meta |= dict(latent_scale=autoencoder.scale, latent_shift=autoencoder.shift)
+    meta |= dict(grid=side // args.patch, target_widths=encoder.widths if encoder else [])
+    return meta | {"arrays": layout(meta, args.target_dtype)}
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="folder of class folders, .zip of one, or ADM .npz")
-    parser.add_argument("--out", help="folder of the cache")
-    parser.add_argument("--image-size", type=int, default=256, help="side of the square images, in pixels")
-    parser.add_argument("--patch", type=int, default=2, help="patch size of the models to train: fixes the token grid")
-    parser.add_argument("--vae", default="stabilityai/sd-vae-ft-mse", help="autoencoder, or none: pixels as latents")
-    parser.add_argument("--encoder", default="vit_base_patch14_dinov2.lvd142m", help="timm ViT, hog, none, or A,B")
-    parser.add_argument("--encoder-weights", help="local file for --encoder, or files with commas between")
-    parser.add_argument("--target-dtype", choices=["float16", "int8"], default="float16", help="int8 halves the disk")
-    parser.add_argument("--flip", action="store_true", help="also encode the mirrored image, as a second view")
-    parser.add_argument("--crops", type=int, default=0, metavar="K", help="also encode K random squares of each image")
-    parser.add_argument("--seed", type=int, default=0, help="of the random squares")
-    parser.add_argument("--limit", type=int, help="only this many images, evenly spread over the source")
-    parser.add_argument("--skip-bad", action="store_true", help="leave unreadable images out instead of stopping")
-    parser.add_argument("--check", metavar="DIR", help="prove that a cache is complete and sound, and exit")
-    parser.add_argument("--batch-size", type=int, default=64, help="images encoded and marked as done together")
+    parser = Parser(__file__, __doc__)
+    add = parser.add_argument
+    add("--data", required=True, help="folder of class folders, .zip of one, or ADM .npz")
+    add("--out", required=True, help="folder of the cache")
+    add("--image-size", type=number(int, 1, 4096), default=256, help="side of the square images, in pixels")
+    add("--patch", type=number(int, 1), default=2, help="patch size of the models to train")
+    add("--vae", default="stabilityai/sd-vae-ft-mse", help="autoencoder, or none: pixels as latents")
+    add("--encoder", default="vit_base_patch14_dinov2.lvd142m", help="timm ViT, hog, none, or several: A,B")
+    add("--encoder-weights", help="local file for --encoder, or one for each, with commas between")
+    add("--target-dtype", choices=["float16", "int8"], default="float16", help="int8 halves the disk space")
+    add("--flip", action="store_true", help="also encode the mirrored image, as a second view")
+    add("--crops", type=number(int, 0, 1000), default=0, metavar="K", help="also encode K random squares")
+    add("--seed", type=number(int, 0, 2**31 - 1), default=0, help="seed of the random squares")
+    add("--limit", type=number(int, 1), help="only this many images, evenly spread over the source")
+    add("--skip-bad", action="store_true", help="leave unreadable images out instead of stopping")
+    add("--batch-size", type=number(int, 1, 2**16), default=64, help="images encoded at a time")
     workers = min(4, os.cpu_count())
-    parser.add_argument("--workers", type=int, default=workers, help="processes that decode images, per rank")
-    args = parser.parse_args(argv)
-    if not args.check and not (args.data and args.out):
-        parser.error("--data and --out are needed, or --check DIR")
-    for name in ("crops", "seed", "workers"):
-        if getattr(args, name) < 0:
-            parser.error(f"--{name} {getattr(args, name)}: must not be negative")
-    return args
+    add("--workers", type=number(int, 0, 256), default=workers, help="processes that decode images, per rank")
+    return parser.parse_args(argv)
+
+
+def run(args, rank, world, device):
+    """The work of one process, in one attempt. ValueError or OSError for whatever the user has to repair."""
+    images, autoencoder = Images(args.data, args.limit), load_autoencoder(args.vae, device)
+    grid, rest = divmod(args.image_size, step := autoencoder.downsampling * args.patch)
+    if rest:
+        fits = " or ".join(str(step * k) for k in (grid, grid + 1) if k)
+        raise ValueError(f"--image-size {args.image_size} is no multiple of {step}, such as {fits}")
+    encoder = None if args.encoder == "none" else Encoders(args.encoder, grid, args.encoder_weights, device)
+    out, meta = Path(args.out), describe(args, images, autoencoder, encoder)
+    parts, lock = math.ceil(meta["count"] / meta["chunk"]), contextlib.nullcontext()
+    if rank == 0:
+        lock = start_folder(out, "meta.json", meta, meta["arrays"], parts, ignore=("complete", "skipped"))
+    with lock:
+        if world > 1:
+            dist.barrier()
+        if (out / "progress.npy").exists():
+            extract(out, meta, images, autoencoder, encoder, args, rank, world, device)
+        if world > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+        if rank == 0:
+            finish(out, meta)
+
+
+def finish(out, meta):
+    """Mark a cache as complete, open it as a trainer will, say what it holds. ValueError if it is damaged."""
+    labels = open_array(out / "labels.npy", **meta["arrays"]["labels"])
+    skipped = np.flatnonzero(labels < 0).tolist()
+    write_json(out / "meta.json", meta | {"complete": True, "skipped": skipped})
+    CachedFeatures(out, targets="targets" in meta["arrays"])
+    (out / "progress.npy").unlink(missing_ok=True)
+    names = ", ".join(map(repr, meta["classes"][:3])) + ", ..." * (len(meta["classes"]) > 3)
+    without = f", without {len(skipped)} unreadable ones" if skipped else ""
+    print(f"{out}: complete, {meta['count']:,} images of {len(meta['classes']):,} classes: {names}{without}")
 
 
 def main(argv=None):
     args = parse_args(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
-    if args.check:
-        try:
-            print(check_cache(args.check))
-        except (ValueError, OSError) as error:
-            sys.exit(f"extract_features.py: {error}")
-        return
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if world > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=1))  # nothing but barriers, and ranks may be uneven
+        dist.init_process_group("gloo", timeout=timedelta(days=1))  # only barriers; ranks may be uneven
     try:
-        images, autoencoder = Images(args.data, args.limit), load_autoencoder(args.vae, device)
-        step = autoencoder.downsampling * args.patch
-        if min(args.image_size, args.patch, args.batch_size) < 1 or args.image_size % step:
-            fits = f"{max(args.image_size // step, 1) * step} or {(args.image_size // step + 1) * step}"
-            raise ValueError(f"--image-size {args.image_size} must be a multiple of downsampling x --patch, say {fits}")
-        encoder = load_encoder(args.encoder, args.image_size // step, args.encoder_weights, device)
-        out, meta = Path(args.out), describe(args, images, autoencoder, encoder)
-        if rank == 0:
-            parts = -(-meta["count"] // meta["chunk"])
-            lock = start_folder(out, "meta.json", meta, meta["arrays"], parts, ignore=("complete", "skipped"))
-            if (out / "progress.npy").exists() and not np.load(out / "progress.npy").any():
-                np.save(out / "labels.npy", images.labels)
+        run(args, rank, world, device)
     except (ValueError, OSError) as error:
         sys.exit(f"extract_features.py: {error}")
-    if world > 1:
-        dist.barrier()
-
-    if (out / "progress.npy").exists():
-        extract(out, meta, images, autoencoder, encoder, args, rank, world, device)
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-    if rank == 0:
-        skipped = np.flatnonzero(np.load(out / "labels.npy") < 0).tolist()
-        write_json(out / "meta.json", meta | {"complete": True, "skipped": skipped})
-        (out / "progress.npy").unlink(missing_ok=True)
-        without = f", without {len(skipped)} unreadable ones" if skipped else ""
-        print(f"{out}: complete, {meta['count']:,} images of {len(meta['classes']):,} classes{without}")
-        lock.close()
 
 
 if __name__ == "__main__":

@@ -21,11 +21,11 @@ Shapes in the right margin: N batch, C, H, W latent channels, height, width, T t
 width.
 """
 
-import argparse
 import os
 import signal
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
@@ -70,8 +70,9 @@ def parse_args(argv=None):
     add("--beta2", type=number(float, 0, 1), default=0.999, help="AdamW's second beta")
     add("--clip", type=number(float, 0), default=1.0, help="largest norm of the gradient, 0 for no clipping")
     add("--ema", type=number(float, 0, 1), default=0.9999, help="decay of the averaged weights, per step")
-    add("--precision", choices=["bf16", "fp32"], help="autocast (default: bf16 on CUDA, fp32 on the CPU)")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile blocks (default: on CUDA)")
+    cuda = torch.cuda.is_available()
+    add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32", help="of autocast")
+    add("--compile", action="onoff", default=cuda, help="torch.compile the blocks (default: on CUDA)")
     add = parser.add_argument_group("model and conditioning (arXiv 2411.03177)").add_argument
     add("--model", default="XL/2", help=f"SIZE/PATCH, SIZE one of {', '.join(dit.SIZES)}")
     add("--qk-norm", action="store_true", help="LayerNorm on queries and keys")
@@ -210,10 +211,8 @@ def step_generator(seed, step, device):
 
 
 def data_order(images, views, batch, rows, seed, start):
-    """Endless indices of this process's `rows` (a slice) of each global batch, from step `start` on.
-
-    An epoch is a permutation of the images, each with one of its views; an incomplete last batch is dropped.
-    """
+    """Indices of this process's `rows` (a slice) of each global batch, from step `start` on, without end.
+    An epoch is a permutation of the images, each with one of its views; an incomplete batch is dropped."""
     steps_per_epoch = images // batch
     for step in count(start):
         epoch, i = divmod(step, steps_per_epoch)
@@ -246,8 +245,8 @@ def prepare(args, world):
         config = checkpoint["config"]
     elif args.init:
         config |= dit.inherit_config(config, sample.read_checkpoint(args.init)["config"])
-    for key in ("pos_base", "time_shift"):
-        config |= {} if getattr(args, key) is None else {key: getattr(args, key)}
+    overrides = dict(pos_base=args.pos_base, time_shift=args.time_shift)
+    config |= {name: value for name, value in overrides.items() if value is not None}
     dit.check_memory(config, args.micro_batch or args.batch_size // world, args.precision)
     return features, config, checkpoint
 
@@ -270,22 +269,25 @@ def interrupted(step, device):
     return step % 10 == 0 and signals.item() > 0
 
 
-def main(argv=None):
-    args = parse_args(argv)
-
-    # Launch: one process, or one per GPU (or CPU) under torchrun
+def launch():
+    """One process, or one per GPU (or CPU) under torchrun: rank, number of processes, device."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    args.precision = args.precision or ("bf16" if cuda else "fp32")
-    args.compile = cuda if args.compile is None else args.compile
     if cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
-    if args.digits and not Path(args.data, "meta.json").exists():
-        extract_digits(args.data)
     if world > 1:
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor is too new
         dist.init_process_group("nccl" if cuda else "gloo")
+    return rank, world, device
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.digits and args.data == "features/digits":
+        extract_digits(args.data)
+    rank, world, device = launch()
 
     # Prepare and build: model, heads and loss, averaged weights, optimiser; then restore an earlier start
     out, step = Path(args.out), 0
@@ -307,26 +309,24 @@ def main(argv=None):
         if args.compile:
             dit.compile_blocks(objective)
         if rank == 0 and args.sample_every:
-            autoencoder = load_autoencoder(features.meta["vae"], device)
+            vae = load_autoencoder(features.meta["vae"], device)
         _lock = sample.start_run(args, step, world, model) if rank == 0 else None
     except (ValueError, OSError) as error:
         sys.exit(f"{Path(__file__).name}: {error}")
     wrapped = objective
     if world > 1:
-        options = dict(broadcast_buffers=False, gradient_as_bucket_view=True)
-        wrapped = DistributedDataParallel(objective, device_ids=[device] if cuda else None, **options)
+        wrapped = DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     # Data: this process's rows of each global batch, in micro-batches
     images, share = args.batch_size, args.batch_size // world
     micro = args.micro_batch or share
     rows, accumulation = slice(rank * share, (rank + 1) * share), share // micro
     order = data_order(len(features.labels), features.meta["views"], images, rows, args.seed, step)
-    loader = features.loader(order, args.workers, cuda)
+    loader = features.loader(order, args.workers, device.type == "cuda")
     latent = model.in_channels, config["input_size"], config["input_size"]
-    control_table = torch.from_numpy(features.control_table()) if args.control != "none" else None
 
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=None if rank == 0 else True)
-    early = {args.sample_every // n for n in (2, 4, 8, 16)}  # steps of the first pictures
+    early = {args.sample_every // n for n in (2, 4, 8, 16)} | {args.steps}  # more pictures
     flops, totals, skipped, since, clock = objective.flops(config), 0, 0, step, time.perf_counter()
 
     while step < args.steps:
@@ -367,39 +367,38 @@ def main(argv=None):
         skipped = torch.where(finite, 0, skipped + 1)
 
         stop = step == args.steps or interrupted(step, device)
-        picture = args.sample_every and (stop or step % args.sample_every == 0 or step in early)
+        picture = args.sample_every and (step % args.sample_every == 0 or step in early)
         log = stop or picture or step % args.log_every == 0
         if (log or step % 100 == 0) and skipped >= min(100, step):
             terms = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
-            sys.exit(f"step {step}: {skipped} steps without finite gradient, {terms}: lower --lr, use fp32")
+            sys.exit(f"step {step}: no finite gradient in {int(skipped)} steps, {terms}: lower --lr, or fp32")
         if log:
             if world > 1:
                 dist.all_reduce(totals)
             *sums, applied = totals.tolist()  # the last one counts the steps that were applied
             row = {name: s / max(applied, 1) for name, s in zip([*losses, "grad_norm"], sums, strict=True)}
             rate = (step - since) * images / (time.perf_counter() - clock)
-            row |= {"lr": lr, "img_per_s": rate, "tflops": rate * flops / world / 1e12}
-            row = {"step": step, **row, "skipped": step - since - round(applied / world)}
-            if cuda:
-                row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            # >>> repa
-            if picture and rank == 0 and "targets" in features.arrays:
-                row["cknna"] = report_cknna(ema.module, features)
-            # <<< repa
+            row = {"step": step, **row, "skipped": step - since - round(applied / world), "lr": lr}
+            row |= {"img_per_s": rate, "tflops": rate * flops / world / 1e12}
+            row |= {"memory_gb": torch.cuda.max_memory_allocated() / 1e9}         # 0 without a GPU
             if rank == 0:
+                # >>> repa
+                if picture and "targets" in features.arrays:
+                    row["cknna"] = report_cknna(ema.module, features)
+                # <<< repa
                 sample.write_row(out / "log.jsonl", row, bar)
-            totals, since, clock = 0, step, time.perf_counter()
         if rank == 0 and (stop or step % args.save_every == 0 or step % args.keep_every == 0):
             heads = {name: x for name, x in objective.state_dict().items() if not name.startswith("model.")}
-            state = dict(step=step, args=vars(args), config=config, data=features.meta, control=control_table)
+            state = dict(step=step, args=vars(args), config=config, data=features.meta)
+            state |= dict(control=features.control_table, opt=optimizer.state_dict())
             state |= dict(model=model.state_dict(), ema=ema.module.state_dict(), heads=heads)
-            state |= dict(opt=optimizer.state_dict())
             sample.write_checkpoint(out / "last.pt", state)
             if step % args.keep_every == 0:
                 sample.write_checkpoint(out / f"{step:07d}.pt", state)
         if picture and rank == 0:
-            name = out / f"samples-{step:07d}.png"
-            sample.preview(ema.module, features.meta, autoencoder, name, args.seed, control_table)
+            sample.preview(ema.module, features, vae, out / f"samples-{step:07d}.png", args.seed)
+        if log:  # only now, so that img_per_s is that of training alone
+            totals, since, clock = 0, step, time.perf_counter()
         if stop:
             break
 

@@ -18,22 +18,19 @@ Commands
     python train_sddit.py --digits                  minutes on a laptop
     torchrun --nproc_per_node=8 train_sddit.py      the paper's run: XL/2, ImageNet 256 px, 2400K steps, fp32
     torchrun --nproc_per_node=8 train_sddit.py --model B/2 --steps 400000      its ablations
-    python train_sddit.py --micro-batch 32          one GPU
-    Ablations (table 3 and figures): --sd-weight 0; --mask-ratio 0.5; --teacher-noise 0.3 or student;
-    --no-cls-condition
+    Ablations: --sd-weight 0; --mask-ratio 0.5; --teacher-noise 0.3 or student; --no-cls-condition
 
 To resume, run the same command again. The lines of the method stand between `# >>> sddit` and `# <<< sddit`;
 everything outside is the same text in every train_*.py, so a diff of two scripts shows only their methods.
 
-Shapes in the right margin: N batch, C, H, W latent channels, height, width, T patches, V visible ones, D
-width, K prototypes, B bottleneck of the head, M tokens.
+Shapes in the right margin: N batch, T patches, V visible ones, D width, K prototypes, B bottleneck, M tokens.
 """
 
-import argparse
 import os
 import signal
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
@@ -84,8 +81,9 @@ def parse_args(argv=None):
     add("--beta2", type=number(float, 0, 1), default=0.999, help="AdamW's second beta")
     add("--clip", type=number(float, 0), default=1.0, help="largest norm of the gradient, 0 for no clipping")
     add("--ema", type=number(float, 0, 1), default=0.9999, help="decay of the averaged weights, per step")
-    add("--precision", choices=["bf16", "fp32"], help="autocast (default: bf16 on CUDA, fp32 on the CPU)")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile blocks (default: on CUDA)")
+    cuda = torch.cuda.is_available()
+    add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32", help="of autocast")
+    add("--compile", action="onoff", default=cuda, help="torch.compile the blocks (default: on CUDA)")
     add = parser.add_argument_group("model and conditioning (arXiv 2411.03177)").add_argument
     add("--model", default="XL/2", help=f"SIZE/PATCH, SIZE one of {', '.join(dit.SIZES)}")
     add("--qk-norm", action="store_true", help="LayerNorm on queries and keys")
@@ -100,15 +98,16 @@ def parse_args(argv=None):
     digits |= dict(batch_size=64, lr=2e-3, ema=0.99, sample_every=1000, workers=0)
     # >>> sddit
     add = parser.add_argument_group("sddit").add_argument
-    add("--mask-ratio", type=number(float, 0, 1), default=0.2, help="share of the student's patches to mask")
+    positive, share = number(float, above=0), number(float, 0, 1)
+    add("--mask-ratio", type=share, default=0.2, help="share of the student's patches to mask")
     add("--sd-weight", type=number(float, 0), default=1.0, help="weight of L_cls + L_patch; 0: no teacher")
-    add("--teacher-noise", type=noise_level, default=0.002, help="sigma of its view, or student: drawn alike")
+    noise = "sigma of the teacher's view, or student: drawn like the student's"
+    add("--teacher-noise", type=lambda s: s if s == "student" else positive(s), default=0.002, help=noise)
     add("--no-cls-condition", action="store_true", help="keep the CLS token out of the decoder's condition")
     add("--prototypes", type=number(int, 2), help="K (default: 8192; 256 for nano)")
-    add("--tau-s", type=number(float, above=0), default=0.1, help="temperature of the student")
-    tau, momentum = number(float, above=0), number(float, 0, 1)
-    add("--tau-t", type=tau, nargs=2, default=[0.09, 0.099], help="of the teacher, at first and from epoch 5")
-    add("--teacher-momentum", type=momentum, nargs=2, default=[0.996, 0.999], help="m, first and last")
+    add("--tau-s", type=positive, default=0.1, help="temperature of the student")
+    add("--tau-t", type=positive, nargs=2, default=[0.09, 0.099], help="teacher's, at first and from epoch 5")
+    add("--teacher-momentum", type=share, nargs=2, default=[0.996, 0.999], help="m, first and last")
     parser.set_defaults(steps=2_400_000, precision="fp32")
     digits |= dict(teacher_momentum=[0.9, 0.99], tau_t=[0.06, 0.06])  # the teacher must turn over often
     # <<< sddit
@@ -121,10 +120,6 @@ def parse_args(argv=None):
 # nano is no size of the paper: its decoder and head are in proportion
 NANO_DECODER = dict(decoder_depth=2, decoder_width=128, decoder_heads=4)
 NANO_HEAD = dict(hidden=256, bottleneck=64, prototypes=256)
-
-
-def noise_level(text):
-    return text if text == "student" else number(float, above=0)(text)
 
 
 def view_noise(t):
@@ -202,9 +197,8 @@ class Objective(nn.Module):
         self.teacher_head = deepcopy(self.head)
         self.teacher.requires_grad_(False).eval()
         self.teacher_head.requires_grad_(False)
-        centers = torch.zeros(2, len(self.head.prototypes))                       # of CLS and of patches
-        self.register_buffer("centers", centers)
-        self.register_buffer("seen", centers.clone(), persistent=False)           # sum over micro-batches
+        self.register_buffer("centers", torch.zeros(2, len(self.head.prototypes)))  # of CLS and of patches
+        self.register_buffer("seen", torch.zeros_like(self.centers), persistent=False)
 
     def visible(self, mask_noise):
         """Uniform noise [N, T] -> indices of a random subset of the patches for every image: [N, V]."""
@@ -227,7 +221,7 @@ class Objective(nn.Module):
             else:
                 sigma_t = torch.full_like(t, shift * self.teacher_noise)
             x_t = x + sigma_t.view(-1, 1, 1, 1) * eps
-            encoded, _, _ = self.teacher.encode(x_t, sigma_t, y, drop, control=control)         # (N, 1 + T, D)
+            encoded, _, _ = self.teacher.encode(x_t, sigma_t, y, drop, control=control)  # (N, 1 + T, D)
         with torch.autocast(x.device.type, enabled=False):  # fp32: arXiv 2403.17004 saw NaN
             with torch.no_grad():
                 teacher = self.teacher_head(encoded)                              # (N, 1 + T, B)
@@ -248,9 +242,10 @@ class Objective(nn.Module):
         losses = {"loss": loss, "loss_edm": loss_edm, "loss_cls": loss_cls, "loss_patch": loss_patch}
         return losses | monitors
 
-    def discriminate(self, student, teacher, center, tau_t, chunk=1024):
+    def discriminate(self, student, teacher, center, tau_t, chunk=8192):
         """Mean cross-entropy of M tokens from their head features [M, B], and the monitors of collapse.
 
+        teacher_entropy at ln K is uniform collapse, batch_entropy at 0 constant collapse, kl at 0 either.
         In chunks that are computed again in the backward pass, so that only chunk x K logits exist at once.
         """
 
@@ -262,15 +257,11 @@ class Objective(nn.Module):
             return loss.sum(), entropy.sum(), p_t.sum(0), used
 
         pieces = zip(student.split(chunk), teacher.split(chunk), strict=True)
-        sums = [recompute(part, *piece, use_reentrant=False) for piece in pieces]
+        sums = [recompute(part, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
         loss, entropy, p_t, used = (torch.stack(column).sum(0) for column in zip(*sums, strict=True))
         loss, entropy, p_t = loss / len(student), entropy / len(student), p_t / len(student)
-        monitors = {
-            "teacher_entropy": entropy,                                           # ln K: uniform collapse
-            "batch_entropy": torch.special.entr(p_t).sum(),                       # 0: constant collapse
-            "kl": (loss - entropy).detach(),                                      # 0: both
-            "prototypes_used": (used > 0).sum().float(),
-        }
+        monitors = {"teacher_entropy": entropy, "batch_entropy": torch.special.entr(p_t).sum()}
+        monitors |= {"kl": (loss - entropy).detach(), "prototypes_used": (used > 0).sum().float()}
         return loss, monitors
 
     @torch.no_grad()
@@ -280,14 +271,19 @@ class Objective(nn.Module):
         if dist.is_initialized():
             dist.all_reduce(mean)
             mean /= dist.get_world_size()
-        mean = torch.where(mean.isfinite(), mean, self.centers)                   # the step may be skipped
-        self.centers.lerp_(mean, 0.1)
+        self.centers.lerp_(torch.where(mean.isfinite(), mean, self.centers), 0.1)  # a step may be skipped
         self.seen.zero_()
         m = teacher_momentum(step, self.steps, *self.momenta)
         for ours, source in ((self.teacher, self.model), (self.teacher_head, self.head)):
             trained = dict(source.named_parameters())
-            names, averages = zip(*ours.named_parameters(), strict=True)
-            torch._foreach_lerp_(averages, [trained[name] for name in names], 1 - m)
+            pairs = [(average, trained[name]) for name, average in ours.named_parameters()]
+            torch._foreach_lerp_(*zip(*pairs, strict=True), 1 - m)
+
+    def warn(self, row):
+        """Announce a uniform collapse that a row of the log shows."""
+        for name in ("cls_entropy", "teacher_entropy"):
+            if name in row and row[name] > 0.98 * np.log(self.centers.shape[1]):
+                tqdm.write(f"step {row['step']}: {name} within 2 % of ln K, uniform collapse: lower --tau-t")
 
     def flops(self, config):
         """Of a training step, per image: masked student and its head forward and backward, teacher once."""
@@ -295,7 +291,7 @@ class Objective(nn.Module):
         student = dit.forward_flops(config, keep=visible)
         if self.weight == 0:
             return 3 * student
-        mlp = 2 * sum(linear.weight.numel() for linear in self.head.mlp if isinstance(linear, nn.Linear))
+        mlp = 2 * sum(p.numel() for p in self.head.mlp.parameters() if p.ndim == 2)
         logits = 2 * self.head.prototypes.numel() * (1 + self.keep)
         student += mlp * (1 + self.keep) + logits
         teacher = dit.forward_flops(config, "encode") + mlp * (1 + self.model.grid**2) + logits
@@ -310,10 +306,8 @@ def step_generator(seed, step, device):
 
 
 def data_order(images, views, batch, rows, seed, start):
-    """Endless indices of this process's `rows` (a slice) of each global batch, from step `start` on.
-
-    An epoch is a permutation of the images, each with one of its views; an incomplete last batch is dropped.
-    """
+    """Indices of this process's `rows` (a slice) of each global batch, from step `start` on, without end.
+    An epoch is a permutation of the images, each with one of its views; an incomplete batch is dropped."""
     steps_per_epoch = images // batch
     for step in count(start):
         epoch, i = divmod(step, steps_per_epoch)
@@ -347,8 +341,8 @@ def prepare(args, world):
         config = checkpoint["config"]
     elif args.init:
         config |= dit.inherit_config(config, sample.read_checkpoint(args.init)["config"])
-    for key in ("pos_base", "time_shift"):
-        config |= {} if getattr(args, key) is None else {key: getattr(args, key)}
+    overrides = dict(pos_base=args.pos_base, time_shift=args.time_shift)
+    config |= {name: value for name, value in overrides.items() if value is not None}
     dit.check_memory(config, args.micro_batch or args.batch_size // world, args.precision)
     return features, config, checkpoint
 
@@ -371,22 +365,25 @@ def interrupted(step, device):
     return step % 10 == 0 and signals.item() > 0
 
 
-def main(argv=None):
-    args = parse_args(argv)
-
-    # Launch: one process, or one per GPU (or CPU) under torchrun
+def launch():
+    """One process, or one per GPU (or CPU) under torchrun: rank, number of processes, device."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    args.precision = args.precision or ("bf16" if cuda else "fp32")
-    args.compile = cuda if args.compile is None else args.compile
     if cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
-    if args.digits and not Path(args.data, "meta.json").exists():
-        extract_digits(args.data)
     if world > 1:
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor is too new
         dist.init_process_group("nccl" if cuda else "gloo")
+    return rank, world, device
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.digits and args.data == "features/digits":
+        extract_digits(args.data)
+    rank, world, device = launch()
 
     # Prepare and build: model, heads and loss, averaged weights, optimiser; then restore an earlier start
     out, step = Path(args.out), 0
@@ -408,26 +405,24 @@ def main(argv=None):
         if args.compile:
             dit.compile_blocks(objective)
         if rank == 0 and args.sample_every:
-            autoencoder = load_autoencoder(features.meta["vae"], device)
+            vae = load_autoencoder(features.meta["vae"], device)
         _lock = sample.start_run(args, step, world, model) if rank == 0 else None
     except (ValueError, OSError) as error:
         sys.exit(f"{Path(__file__).name}: {error}")
     wrapped = objective
     if world > 1:
-        options = dict(broadcast_buffers=False, gradient_as_bucket_view=True)
-        wrapped = DistributedDataParallel(objective, device_ids=[device] if cuda else None, **options)
+        wrapped = DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     # Data: this process's rows of each global batch, in micro-batches
     images, share = args.batch_size, args.batch_size // world
     micro = args.micro_batch or share
     rows, accumulation = slice(rank * share, (rank + 1) * share), share // micro
     order = data_order(len(features.labels), features.meta["views"], images, rows, args.seed, step)
-    loader = features.loader(order, args.workers, cuda)
+    loader = features.loader(order, args.workers, device.type == "cuda")
     latent = model.in_channels, config["input_size"], config["input_size"]
-    control_table = torch.from_numpy(features.control_table()) if args.control != "none" else None
 
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=None if rank == 0 else True)
-    early = {args.sample_every // n for n in (2, 4, 8, 16)}  # steps of the first pictures
+    early = {args.sample_every // n for n in (2, 4, 8, 16)} | {args.steps}  # more pictures
     flops, totals, skipped, since, clock = objective.flops(config), 0, 0, step, time.perf_counter()
 
     while step < args.steps:
@@ -483,40 +478,37 @@ def main(argv=None):
         skipped = torch.where(finite, 0, skipped + 1)
 
         stop = step == args.steps or interrupted(step, device)
-        picture = args.sample_every and (stop or step % args.sample_every == 0 or step in early)
+        picture = args.sample_every and (step % args.sample_every == 0 or step in early)
         log = stop or picture or step % args.log_every == 0
         if (log or step % 100 == 0) and skipped >= min(100, step):
             terms = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
-            sys.exit(f"step {step}: {skipped} steps without finite gradient, {terms}: lower --lr, use fp32")
+            sys.exit(f"step {step}: no finite gradient in {int(skipped)} steps, {terms}: lower --lr, or fp32")
         if log:
             if world > 1:
                 dist.all_reduce(totals)
             *sums, applied = totals.tolist()  # the last one counts the steps that were applied
             row = {name: s / max(applied, 1) for name, s in zip([*losses, "grad_norm"], sums, strict=True)}
             rate = (step - since) * images / (time.perf_counter() - clock)
-            row |= {"lr": lr, "img_per_s": rate, "tflops": rate * flops / world / 1e12}
-            row = {"step": step, **row, "skipped": step - since - round(applied / world)}
-            if cuda:
-                row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            # >>> sddit
-            for name in ("cls_entropy", "teacher_entropy") if args.sd_weight else ():
-                if row[name] > 0.98 * np.log(objective.centers.shape[1]):
-                    bar.write(f"step {step}: {name} within 2 % of ln K, uniform collapse: lower --tau-t")
-            # <<< sddit
+            row = {"step": step, **row, "skipped": step - since - round(applied / world), "lr": lr}
+            row |= {"img_per_s": rate, "tflops": rate * flops / world / 1e12}
+            row |= {"memory_gb": torch.cuda.max_memory_allocated() / 1e9}         # 0 without a GPU
             if rank == 0:
+                # >>> sddit
+                objective.warn(row)
+                # <<< sddit
                 sample.write_row(out / "log.jsonl", row, bar)
-            totals, since, clock = 0, step, time.perf_counter()
         if rank == 0 and (stop or step % args.save_every == 0 or step % args.keep_every == 0):
             heads = {name: x for name, x in objective.state_dict().items() if not name.startswith("model.")}
-            state = dict(step=step, args=vars(args), config=config, data=features.meta, control=control_table)
+            state = dict(step=step, args=vars(args), config=config, data=features.meta)
+            state |= dict(control=features.control_table, opt=optimizer.state_dict())
             state |= dict(model=model.state_dict(), ema=ema.module.state_dict(), heads=heads)
-            state |= dict(opt=optimizer.state_dict())
             sample.write_checkpoint(out / "last.pt", state)
             if step % args.keep_every == 0:
                 sample.write_checkpoint(out / f"{step:07d}.pt", state)
         if picture and rank == 0:
-            name = out / f"samples-{step:07d}.png"
-            sample.preview(ema.module, features.meta, autoencoder, name, args.seed, control_table)
+            sample.preview(ema.module, features, vae, out / f"samples-{step:07d}.png", args.seed)
+        if log:  # only now, so that img_per_s is that of training alone
+            totals, since, clock = 0, step, time.perf_counter()
         if stop:
             break
 

@@ -12,7 +12,8 @@ def uniform(name, shape, low=-1.0, high=1.0):
 
 
 def fill(state):
-    """A state dict of these names and shapes: matrices of variance 1.5 / fan-in, scales in [0.5, 1.5], small biases."""
+    """A state dict of these names and shapes: matrices of variance 1.5 / fan-in, scales in [0.5, 1.5], small
+    biases."""
     filled = {}
     for name, value in state.items():
         if value.ndim > 1:

@@ -1,8 +1,8 @@
-"""Stable Diffusion's autoencoder, timm encoders, difficult images, checks of a cache, official checkpoints."""
+"""Stable Diffusion's autoencoder, timm encoders, difficult images, official checkpoints."""
 
-import argparse
 import functools
-import json
+import socket
+import time
 from pathlib import Path
 
 import huggingface_hub
@@ -14,13 +14,12 @@ import torch
 from PIL import Image
 from seeded import fill, uniform
 
-import dit
 import extract_features as ef
-import sample
 import train_repa
 
 GOLDEN = np.load(Path(__file__).with_name("golden_vae.npz"))
 CHANNELS = (32, 64, 64, 96)
+CONNECT = socket.create_connection
 
 
 @pytest.fixture
@@ -43,7 +42,14 @@ def small_vits(monkeypatch):
 
 @pytest.fixture
 def no_network(monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    """No connection; the setting that an unreachable hub changes is restored afterwards."""
+
+    def refuse(address, timeout):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(ef.socket, "create_connection", refuse)
+    monkeypatch.setattr(ef.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
 
 
 # --- autoencoder
@@ -63,7 +69,8 @@ def test_autoencoder_is_diffusers(small_vae):
     mean, std = small_vae.encode(uniform("images", (2, 3, 16, 24)))
     np.testing.assert_allclose(mean, GOLDEN["mean"], atol=1e-5)
     np.testing.assert_allclose(std, GOLDEN["std"], atol=1e-5)
-    np.testing.assert_allclose(small_vae.decode(uniform("latents", (2, 4, 2, 3), -2, 2)), GOLDEN["decoded"], atol=5e-5)
+    decoded = small_vae.decode(uniform("latents", (2, 4, 2, 3), -2, 2))
+    np.testing.assert_allclose(decoded, GOLDEN["decoded"], atol=5e-5)
 
 
 def test_slices_do_not_matter(small_vae, monkeypatch):
@@ -103,11 +110,40 @@ def test_autoencoder_complaints(small_vae, tmp_path, no_network):
     offline = complain("stabilityai/sd-vae-ft-mse")
     assert "cannot be downloaded" in offline and "pass a folder or file" in offline
     (tmp_path / "empty").mkdir()
-    assert "the folder holds neither" in complain(tmp_path / "empty")
+    assert "not readable as weights" in complain(tmp_path / "empty")
     torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "other.pt")
     assert "weights of another architecture" in complain(tmp_path / "other.pt")
     (tmp_path / "text.safetensors").write_text("hello")
     assert "not readable as weights" in complain(tmp_path / "text.safetensors")
+    for content in ([], {}, {1: 2}, torch.zeros(3), {"decoder.conv_in.bias": "text"}):
+        torch.save(content, tmp_path / "other.pt")
+        assert "other.pt" in complain(tmp_path / "other.pt")
+
+
+def test_no_long_wait_for_an_unreachable_hub(no_network, caplog):
+    """The client of the hub tries again for half a minute, and says so each time."""
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="--vae stabilityai/sd-vae-ft-mse: cannot be downloaded"):
+        ef.load_autoencoder("stabilityai/sd-vae-ft-mse")
+    with pytest.raises(ValueError, match="--encoder vit_tiny_patch16_224: .*--encoder-weights FILE"):
+        ef.Encoders("vit_tiny_patch16_224", 2)
+    assert time.monotonic() - start < 10 and "Retrying" not in caplog.text
+
+
+def test_a_proxy_or_an_answer_leaves_the_hub_online(no_network, monkeypatch):
+    """A proxy is not probed; a hub that answers is asked."""
+    monkeypatch.setattr(ef.urllib.request, "getproxies", lambda: {"https": "http://proxy:3128"})
+    ef.check_hub()
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+    monkeypatch.setattr(ef.urllib.request, "getproxies", dict)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(ef.socket, "create_connection", CONNECT)
+        ef.check_hub()
+        assert not huggingface_hub.constants.HF_HUB_OFFLINE
+    ef.check_hub()
+    assert huggingface_hub.constants.HF_HUB_OFFLINE, "nobody listens there any more"
 
 
 # --- encoders
@@ -120,21 +156,21 @@ FAMILIES = [  # name, patch, tokens before the patches, normalisation, does the 
     ("vit_base_patch14_reg4_dinov2.lvd142m", 14, 5, IMAGENET, True),
     ("vit_base_patch16_224.dino", 16, 1, IMAGENET, True),
     ("vit_large_patch16_224.mae", 16, 1, IMAGENET, False),
-    ("vit_large_patch14_clip_224.openai", 14, 1, CLIP, False),
+    ("vit_large_patch14_clip_quickgelu_224.openai", 14, 1, CLIP, False),
     ("vit_base_patch16_siglip_224.webli", 16, 0, HALF, True),
     ("vit_huge_patch14_gap_224.in1k_ijepa", 14, 0, IMAGENET, True),
 ]
 
 
-@pytest.mark.parametrize("name, patch, prefix, normalisation, norm", FAMILIES, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize("name, patch, prefix, normalisation, norm", FAMILIES, ids=lambda x: str(x)[:40])
 def test_encoder_families(name, patch, prefix, normalisation, norm, small_vits, tmp_path):
-    """Tokens equal a direct timm call on a tensor prepared by hand, from weights at the family's own resolution."""
+    """Tokens equal a direct timm call on a tensor prepared by hand; weights have the family's resolution."""
     torch.manual_seed(0)
     native = small_vits(name, num_classes=0)
     for parameter in native.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     torch.save(native.state_dict(), tmp_path / "weights.pt")
-    encoder = ef.load_encoder(name, 4, str(tmp_path / "weights.pt"))
+    encoder = ef.Encoders(name, 4, str(tmp_path / "weights.pt"))
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     tokens = encoder(images)
     assert tokens.shape == (2, 16, 64) and encoder.widths == [64] and tokens.dtype == torch.float32
@@ -142,7 +178,7 @@ def test_encoder_families(name, patch, prefix, normalisation, norm, small_vits, 
     direct = small_vits(name, num_classes=0, img_size=4 * patch)
     state = dict(native.state_dict())
     if state["pos_embed"].shape != direct.pos_embed.shape:
-        table = 0 if getattr(direct, "no_embed_class", False) else prefix  # rows of the table before the patches
+        table = 0 if getattr(direct, "no_embed_class", False) else prefix  # its rows before the patches
         grid, side = state["pos_embed"][:, table:], int((state["pos_embed"].shape[1] - table) ** 0.5)
         grid = grid.reshape(1, side, side, 64).permute(0, 3, 1, 2)
         grid = torch.nn.functional.interpolate(grid, size=(4, 4), mode="bicubic", antialias=True)
@@ -165,15 +201,49 @@ def test_grid_at_512_pixels(small_vits, tmp_path):
     """512 px: 32 x 32 tokens, a teacher that sees 448 px."""
     native = small_vits("vit_small_patch14_dinov2.lvd142m", num_classes=0)
     torch.save(native.state_dict(), tmp_path / "weights.pt")
-    encoder = ef.load_encoder("vit_small_patch14_dinov2.lvd142m", 32, str(tmp_path / "weights.pt"))
+    encoder = ef.Encoders("vit_small_patch14_dinov2.lvd142m", 32, str(tmp_path / "weights.pt"))
     assert encoder.encoders[0].side == 448
     assert encoder(torch.zeros(1, 3, 512, 512, dtype=torch.uint8)).shape == (1, 1024, 64)
+
+
+def test_clip_is_built_with_quick_gelu(small_vits, tmp_path):
+    """OpenAI's CLIP has x sigmoid(1.702 x): an MLP computed by hand."""
+    name = "vit_large_patch14_clip_quickgelu_224.openai"
+    torch.manual_seed(0)
+    native = small_vits(name, num_classes=0)
+    for parameter in native.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    torch.save(native.state_dict(), tmp_path / "weights.pt")
+    encoder = ef.Encoders(name, 4, str(tmp_path / "weights.pt"))
+    mlp, seen = encoder.encoders[0].model.blocks[-1].mlp, []
+    mlp.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    encoder(torch.randint(0, 256, (2, 3, 56, 56), dtype=torch.uint8))
+    x, output = seen[0]
+    hidden = x @ mlp.fc1.weight.T + mlp.fc1.bias
+    expected = (hidden * torch.sigmoid(1.702 * hidden)) @ mlp.fc2.weight.T + mlp.fc2.bias
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+    gelu = torch.nn.functional.gelu(hidden) @ mlp.fc2.weight.T + mlp.fc2.bias
+    assert not torch.allclose(output, gelu, atol=1e-2)
+
+
+CLIPS = [name for name in timm.list_models("vit_*_clip_*", pretrained=True) if name.endswith(".openai")]
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_every_clip_of_openai_is_quick_gelu_or_refused(name, small_vits, no_network):
+    """The error names a model that timm has; the right names get as far as the download."""
+    with pytest.raises(ValueError) as error:
+        ef.Encoders(name, 2)
+    if "quickgelu" in name:
+        assert "downloaded" in str(error.value)
+    else:
+        assert "QuickGELU" in str(error.value) and str(error.value).split()[-1] in CLIPS
 
 
 def test_encoder_complaints(small_vits, tmp_path, no_network, monkeypatch):
     def complain(*arguments):
         with pytest.raises(ValueError) as error:
-            ef.load_encoder(*arguments)
+            ef.Encoders(*arguments)
         assert "\n" not in str(error.value)
         return str(error.value)
 
@@ -182,17 +252,22 @@ def test_encoder_complaints(small_vits, tmp_path, no_network, monkeypatch):
     assert "cannot be downloaded" in offline and "pass --encoder-weights FILE" in offline
     torch.save({"blocks.0.attn.qkv.weight": torch.zeros(3)}, tmp_path / "other.pt")
     assert "not weights of" in complain(name, 4, str(tmp_path / "other.pt"))
+    torch.save({}, tmp_path / "other.pt")
+    assert "other.pt" in complain(name, 4, str(tmp_path / "other.pt"))
     assert "not a ViT that timm knows" in complain("vit_of_my_dreams", 4)
     assert "1 files for 2 encoders" in complain(f"{name},hog,vit_base_patch16_224.dino", 4, "one.pt")
     monkeypatch.undo()  # a ResNet has no depth to change
     assert "not a ViT that timm knows" in complain("resnet50", 4)
+    swin = "swin_tiny_patch4_window7_224"
+    torch.save(timm.create_model(swin, num_classes=0).state_dict(), tmp_path / "swin.pt")
+    assert "not a ViT that timm knows" in complain(swin, 8, str(tmp_path / "swin.pt"))
 
 
 # --- images that ADM's loader would take
 
 
 def test_difficult_images(tmp_path):
-    """Modes, depths, orientations and shapes: as PIL's conversion to RGB, orientation tags ignored, as in ADM."""
+    """Modes, depths, orientations and shapes: converted by PIL, orientation tags ignored, as in ADM."""
     folder = tmp_path / "src" / "all"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -241,7 +316,7 @@ def folder(tmp_path):
 
 
 def test_extraction_with_autoencoder_and_two_encoders(folder, tmp_path, small_vae, small_vits):
-    """Moments and targets of every view are those of the crop, and a run with two projectors trains on them."""
+    """Moments and targets of every view are those of the crop, and a run with two projectors trains on it."""
     torch.save(small_vae.state_dict(), tmp_path / "vae.pt")
     name = "vit_small_patch14_dinov2.lvd142m"
     torch.manual_seed(0)
@@ -254,10 +329,10 @@ def test_extraction_with_autoencoder_and_two_encoders(folder, tmp_path, small_va
     crop = np.asarray(ef.center_crop(ef.Images(folder)[4], 16)).transpose(2, 0, 1)[:, :, ::-1].copy()
     mean, std = small_vae.encode(torch.from_numpy(crop)[None] / 127.5 - 1)
     np.testing.assert_allclose(batch["moments"][0], torch.cat([mean, std], 1)[0], atol=2e-3)
-    tokens = ef.load_encoder(name, 2, str(tmp_path / "vit.pt"))(torch.from_numpy(crop)[None])[0]
+    tokens = ef.Encoders(name, 2, str(tmp_path / "vit.pt"))(torch.from_numpy(crop)[None])[0]
     np.testing.assert_allclose(batch["targets"][0, :, 82:], tokens, atol=1e-2)
-    np.testing.assert_allclose(batch["targets"][0, :, :82], ef.HOG(2)(torch.from_numpy(crop)[None])[0], atol=1e-3)
-    assert "12 images" in ef.check_cache(tmp_path / "out")
+    hog = ef.HOG(2)(torch.from_numpy(crop)[None])[0]
+    np.testing.assert_allclose(batch["targets"][0, :, :82], hog, atol=1e-3)
     run = "--model nano/1 --steps 2 --batch-size 8 --workers 0".split()
     train_repa.main(["--data", str(tmp_path / "out"), "--out", str(tmp_path / "run"), *run])
     heads = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["heads"]
@@ -289,7 +364,7 @@ def test_skip_bad(folder, tmp_path, capsys):
     options = ["--vae", "none", "--encoder", "hog", "--flip"]
     with pytest.raises(SystemExit, match="b/2.png .*repair or remove it, or pass --skip-bad"):
         extract(folder, tmp_path / "out", *options)
-    extract(folder, tmp_path / "out", *options, "--skip-bad")                     # goes on where the other stopped
+    extract(folder, tmp_path / "out", *options, "--skip-bad")  # continues where the other stopped
     assert "skipped" in capsys.readouterr().err
     features = ef.CachedFeatures(tmp_path / "out")
     assert features.meta["skipped"] == [6] and len(features) == 22
@@ -298,119 +373,3 @@ def test_skip_bad(folder, tmp_path, capsys):
     assert batch["labels"].tolist() == np.repeat(features.labels, 2).tolist()
     crop = np.asarray(ef.center_crop(ef.Images(folder)[7], 16)).transpose(2, 0, 1)
     np.testing.assert_allclose(batch["moments"][12, :3], crop / 127.5 - 1, atol=2**-11)
-    assert "11 images" in ef.check_cache(tmp_path / "out")
-
-
-def test_check_finds_damage(folder, tmp_path, capsys):
-    extract(folder, tmp_path / "out", "--vae", "none", "--encoder", "hog")
-    ef.main(["--check", str(tmp_path / "out")])
-    assert "sound, 12 views of 12 images" in capsys.readouterr().out
-
-    def damage(name, index, value):
-        array = np.load(tmp_path / "out" / name, mmap_mode="r+")
-        before, array[index] = array[index].copy(), value
-        array.flush()
-        with pytest.raises(SystemExit) as error:
-            ef.main(["--check", str(tmp_path / "out")])
-        array[index] = before
-        array.flush()
-        return str(error.value)
-
-    assert "moments.npy is unsound" in damage("moments.npy", (3, 0, 1, 2, 2), np.nan)
-    assert "moments.npy is unsound" in damage("moments.npy", (3, 0, 4, 2, 2), -1)
-    assert "targets.npy is unsound" in damage("targets.npy", (7, 0, 5), 0)
-    assert "control.npy is unsound" in damage("control.npy", (7, 0, 2), 1000)
-    assert "labels that are no classes" in damage("labels.npy", 2, 3)
-    ef.main(["--check", str(tmp_path / "out")])
-    with open(tmp_path / "out" / "targets.npy", "r+b") as file:
-        file.truncate(500)
-    with pytest.raises(SystemExit, match="targets.npy: unreadable"):
-        ef.main(["--check", str(tmp_path / "out")])
-
-
-# --- official checkpoints
-
-
-@pytest.fixture
-def official(monkeypatch):
-    """A small model in our convention and its state dict; the size is known as `small`."""
-    monkeypatch.setitem(dit.SIZES, "small", (4, 32, 4))
-    torch.manual_seed(0)
-    model = dit.DiT(input_size=8, **dit.parse_model("small/2"), num_classes=7).eval()
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model, model.state_dict()
-
-
-def eight_channels(state, second):
-    """The final layer of DiT and SiT: 8 channels per position, channel index fastest."""
-    out = dict(state)
-    for kind, tail in (("weight", (32,)), ("bias", ())):
-        four = state[f"final_layer.linear.{kind}"].view(4, 4, *tail)
-        other = torch.full_like(four, second)
-        out[f"final_layer.linear.{kind}"] = torch.cat([four, other], dim=1).reshape(32, *tail)
-    return out
-
-
-def inputs():
-    torch.manual_seed(1)
-    return torch.randn(3, 4, 8, 8), torch.rand(3), torch.tensor([0, 3, 7])
-
-
-def test_repa_file(official, tmp_path):
-    """REPA's last.pt: a bare state dict with projectors; the older files call the deeper blocks decoder_blocks."""
-    model, state = official
-    state = {**state, "projectors.0.0.weight": torch.zeros(5, 32)}
-    legacy = {}
-    for name, value in state.items():
-        for i in (2, 3):
-            name = name.replace(f"blocks.{i}.", f"decoder_blocks.{i - 2}.")
-        legacy[name] = value
-    assert "decoder_blocks.1.mlp.fc1.weight" in legacy and "blocks.3.mlp.fc1.weight" not in legacy
-    arguments = {"args": argparse.Namespace(model="SiT-XL/2"), "steps": 400_000, "opt": {}}
-    for content in (state, legacy, {"model": state, "ema": state, **arguments}):
-        torch.save(content, tmp_path / "last.pt")
-        loaded, checkpoint = sample.load_model(tmp_path / "last.pt")
-        expected = dict(arch="DiT", input_size=8, num_classes=7, in_channels=4, **dit.parse_model("small/2"))
-        assert checkpoint["config"] == expected
-        assert torch.equal(loaded(*inputs()), model(*inputs()))
-
-
-def test_sit_file(official, tmp_path):
-    """v_REPA(x, t) = - v_SiT(x, 1 - t), from the first four of SiT's eight channels."""
-    model, state = official
-    torch.save(eight_channels(state, 0.0), tmp_path / "SiT.pt")
-    loaded, _ = sample.load_model(tmp_path / "SiT.pt")
-    x, t, y = inputs()
-    torch.testing.assert_close(loaded(x, t, y), -model(x, 1 - t, y), rtol=1e-4, atol=1e-4)
-
-
-def test_dit_and_foreign_files_are_refused(official, tmp_path):
-    for content, reason in (
-        (eight_channels(official[1], 0.1), "a DiT checkpoint: it predicts the noise"),
-        ({"layer.weight": torch.zeros(1)}, "neither a checkpoint of these training scripts nor of REPA or SiT"),
-        ({k: v for k, v in official[1].items() if "blocks.3" not in k}, "3 blocks of width 32 are none of the sizes"),
-    ):
-        torch.save(content, tmp_path / "file.pt")
-        with pytest.raises(ValueError, match=reason):
-            sample.load_model(tmp_path / "file.pt")
-
-
-def test_sample_and_init_from_an_official_file(official, tmp_path, small_vae, folder, capsys):
-    torch.save(official[1], tmp_path / "official.pt")
-    torch.save(small_vae.state_dict(), tmp_path / "vae.pt")
-    options = [str(tmp_path / "official.pt"), "--num", "2", "--steps", "2", "--vae", str(tmp_path / "vae.pt")]
-    sample.main([*options, "--model", "small/2", "--out", str(tmp_path / "out.npz")])
-    with np.load(tmp_path / "out.npz") as file:
-        assert file["arr_0"].shape == (2, 64, 64, 3) and json.loads(str(file["protocol"]))["image_size"] == 64
-    with pytest.raises(SystemExit, match="--model B/2: the checkpoint has 4 blocks of width 32, patch 2"):
-        sample.main([*options, "--model", "B/2", "--out", str(tmp_path / "other.npz")])
-    extract(folder, tmp_path / "cache", "--vae", "none", "--encoder", "none")
-    run = "--model small/2 --steps 1 --batch-size 4 --repa-weight 0 --sample-every 0 --workers 0 --lr 0".split()
-    names = ["--data", tmp_path / "cache", "--out", tmp_path / "run", "--init", tmp_path / "official.pt"]
-    train_repa.main([*map(str, names), *run])
-    shown = "final_layer, x_embedder, y_embedder; unused: final_layer, x_embedder, y_embedder; time shift 1"
-    assert f"new: {shown}" in capsys.readouterr().out
-    weights = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
-    assert torch.equal(weights["blocks.3.mlp.fc1.weight"], official[1]["blocks.3.mlp.fc1.weight"])

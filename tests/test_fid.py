@@ -3,10 +3,14 @@
 FID_GOLDEN=1 adds the full comparison on 300 + 300 images (five to ten minutes on one core).
 """
 
+import argparse
+import hashlib
 import json
 import os
+import resource
+import time
+import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,10 +52,10 @@ def weights_file(net, tmp_path_factory):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """The command line with a linear map of two mean colours in place of Inception: seconds become milliseconds."""
+    """The command line with a linear map of two mean colours in place of Inception: so it takes no time."""
 
     class Tiny(torch.nn.Module):
-        widths = (6, 3)
+        name, widths = "two mean colours", (6, 3)
 
         def __init__(self):
             super().__init__()
@@ -87,7 +91,7 @@ def gaussian(x):
 
 
 def exact_frechet(x, y):
-    """Exact also for singular covariances: the trace term is the nuclear norm of the product of the centred rows."""
+    """Exact for singular covariances, too: the trace is the nuclear norm of a product of centred rows."""
     x, y = x.astype(np.float64), y.astype(np.float64)
     a, b = ((z - z.mean(0)) / np.sqrt(len(z) - 1) for z in (x, y))
     trace = np.linalg.svd(a @ b.T, compute_uv=False).sum()
@@ -100,7 +104,8 @@ def loop_precision_recall(reference, samples, k):
 
     def share(points, manifold):
         radii = [radius(manifold, row) for row in manifold]
-        return np.mean([any(((m - p) ** 2).sum() <= r for m, r in zip(manifold, radii, strict=True)) for p in points])
+        balls = list(zip(manifold, radii, strict=True))
+        return np.mean([any(((m - p) ** 2).sum() <= r for m, r in balls) for p in points])
 
     return share(samples, reference), share(reference, samples)
 
@@ -161,21 +166,26 @@ def test_network_has_the_tensors_of_the_published_file(net):
     published = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
     assert len(published) == 472 and sum(v.numel() for v in published.values()) == 23_885_392
     assert net.load_state_dict(published)  # strict, though the counters are missing
-    assert {"Mixed_6d.branch7x7dbl_5.bn.running_var", "Mixed_7c.branch3x3dbl_3b.conv.weight"} <= set(published)
+    assert "Mixed_6d.branch7x7dbl_5.bn.running_var" in published
+    assert "Mixed_7c.branch3x3dbl_3b.conv.weight" in published
 
 
 def test_features_match_the_evaluator(net, tmp_path):
-    args = SimpleNamespace(image_size=None, batch_size=4)
+    args = argparse.Namespace(image_size=None, batch_size=4, features="inception", stats=False, device="cpu")
     for kind in ("ref", "sample"):
         np.savez(tmp_path / "images.npz", arr_0=images64(kind, 6))
-        _, pooled, statistics = fid.extract(tmp_path / "images.npz", net, args, torch.device("cpu"))
+        side = fid.open_side(tmp_path / "images.npz", args)
+        fid.measure(side, net, args, rank=0, world=1)
+        pooled, spatial = side.features
         golden = [ROWS[f"{kind}_{name}"][:6].reshape(6, -1) for name in ("pool3", "spatial")]
         assert np.abs(pooled.numpy() - golden[0]).max() < 3e-4
         assert np.linalg.norm(pooled.numpy() - golden[0]) < 5e-5 * np.linalg.norm(golden[0])
-        for ours, expected in zip(statistics, map(gaussian, golden), strict=True):
+        assert np.linalg.norm(spatial.numpy() - golden[1]) < 5e-5 * np.linalg.norm(golden[1])
+        for pair, expected in zip(side.statistics, map(gaussian, golden), strict=True):
+            ours = [x.numpy() for x in pair]
             assert np.abs(ours[0] - expected[0]).max() < 3e-4
             assert np.linalg.norm(ours[1] - expected[1]) < 1e-4 * np.linalg.norm(expected[1])
-        softmax = (pooled @ net.fc.weight.T).softmax(1).numpy()  # the bias is large, so that its use would show
+        softmax = (pooled @ net.fc.weight.T).softmax(1).numpy()  # the bias is large: its use would show
         assert np.abs(softmax - ROWS[f"{kind}_softmax"][:6]).max() < 1e-4
 
 
@@ -192,14 +202,15 @@ def test_golden64(weights_file, tmp_path):
         fp32 = run(*argv, out=tmp_path)
     print({k: v for k, v in result.items() if k != "protocol"}, fp32["precision"], fp32["recall"])
     assert result["fid"] == pytest.approx(golden["main_stdout"]["FID"], abs=1e-3)
-    assert fid.sha256(weights_file) in result["protocol"]["features"]
+    assert fid.file_hash(weights_file) == result["protocol"]["features"]["weights_sha256"]
     assert result["sfid"] == pytest.approx(golden["main_stdout"]["sFID"], abs=1e-3)
     for split, value in golden["is_split"].items():
         print(split, score(logits[0], int(split)) / value - 1)
         assert score(logits[0], int(split)) == pytest.approx(value, rel=1e-6)
     assert result["precision"] == pytest.approx(golden["main_stdout"]["Precision"], abs=3.01 / 300)
     assert result["recall"] == pytest.approx(golden["main_stdout"]["Recall"], abs=3.01 / 300)
-    assert [fp32["precision"], fp32["recall"]] == pytest.approx(golden["prec_recall_features_x16_fp32_fallback"])
+    expected = golden["prec_recall_features_x16_fp32_fallback"]
+    assert [fp32["precision"], fp32["recall"]] == pytest.approx(expected)
 
 
 # ---- Frechet distance
@@ -220,11 +231,12 @@ def test_frechet_of_commuting_gaussians_has_a_closed_form():
 
 def test_frechet_full_rank():
     ref, sample = (gaussian(x.numpy()) for x in full_rank_features())
-    assert fid.frechet_distance(*ref, *sample) == pytest.approx(2.13444637167, abs=1e-9)  # the ADM evaluator's value
+    assert fid.frechet_distance(*ref, *sample) == pytest.approx(2.13444637167, abs=1e-9)  # as the evaluator
     assert abs(fid.frechet_distance(*ref, *ref)) < 1e-6
     (mu1, sigma1), (mu2, sigma2) = ((mu[:100], sigma[:100, :100]) for mu, sigma in (ref, sample))
     trace = np.trace(sigma1 + sigma2 - 2 * scipy.linalg.sqrtm(sigma1 @ sigma2).real)
-    assert fid.frechet_distance(mu1, sigma1, mu2, sigma2) == pytest.approx(((mu1 - mu2) ** 2).sum() + trace, abs=1e-9)
+    expected = ((mu1 - mu2) ** 2).sum() + trace
+    assert fid.frechet_distance(mu1, sigma1, mu2, sigma2) == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("n, m", [(30, 20), (30, 900), (900, 30)])
@@ -256,7 +268,8 @@ def test_inception_score():
 
 def test_precision_recall_equals_a_loop():
     rs = np.random.RandomState(3)
-    reference, samples = rs.randint(-4, 5, (40, 3)), rs.randint(-2, 7, (30, 3))  # integers: exact in fp16, with ties
+    # integers: exact in fp16, with ties
+    reference, samples = rs.randint(-4, 5, (40, 3)), rs.randint(-2, 7, (30, 3))
     for k in (1, 3):
         expected = loop_precision_recall(reference, samples, k)
         tensors = torch.from_numpy(reference).float(), torch.from_numpy(samples).float()
@@ -264,7 +277,7 @@ def test_precision_recall_equals_a_loop():
         assert fid.precision_recall(*tensors, k=k, fp16=False) == pytest.approx(expected)
         assert fid.precision_recall(*tensors[::-1], k=k) == pytest.approx(expected[::-1])
     assert 0 < expected[0] != expected[1] < 1
-    with pytest.raises(ValueError, match="more than 3 rows"):
+    with pytest.raises(ValueError, match="more than 3 rows: 40, 3"):
         fid.precision_recall(tensors[0], tensors[1][:3])
 
 
@@ -273,9 +286,10 @@ def test_precision_recall_matches_the_evaluator(monkeypatch):
     exact = (0.971, 0.6546154)
     assert fid.precision_recall(ref, sample, fp16=False) == pytest.approx(exact, abs=1e-7)
     precision, recall = fid.precision_recall(ref, sample)
-    assert precision == pytest.approx(0.973, abs=3.01 / 1000) and recall == pytest.approx(0.660, abs=3.01 / 1300)
+    assert precision == pytest.approx(0.973, abs=3.01 / 1000)
+    assert recall == pytest.approx(0.660, abs=3.01 / 1300)
     assert (precision, recall) != pytest.approx(exact, abs=1e-7)  # fp16 does round
-    assert fid.precision_recall(ref * 64, sample * 64) == pytest.approx(exact, abs=1e-7)  # fp16 overflows: fp32
+    assert fid.precision_recall(ref * 64, sample * 64) == pytest.approx(exact, abs=1e-7)  # overflow: fp32
     monkeypatch.setattr(fid, "PR_BLOCK", 300)
     assert fid.precision_recall(ref, sample) == (precision, recall)
     assert fid.precision_recall(sample, ref) == (recall, precision)
@@ -289,18 +303,22 @@ def test_all_containers_give_the_same_numbers(tmp_path):
     np.savez(tmp_path / "ref.npz", arr_0=b)
     np.savez(tmp_path / "stored.npz", arr_0=a)
     np.savez_compressed(tmp_path / "deflated.npz", arr_0=a)
-    np.save(tmp_path / "array.npy", a)
+    np.save(tmp_path / "lone.npy", a)
     (tmp_path / "folder" / "x").mkdir(parents=True)
     for i, image in enumerate(a):
         Image.fromarray(image).save(tmp_path / "folder" / "x" / f"{i}.png")
-    grey = [x.astype(np.float64).mean(3).reshape(-1, 8, 2, 8, 2).mean((2, 4)).reshape(-1, 64) / 255 for x in (b, a)]
-    for name in ("stored.npz", "deflated.npz", "array.npy", "folder"):
+    means = [x.astype(np.float64).mean(3).reshape(-1, 8, 2, 8, 2).mean((2, 4)) for x in (b, a)]
+    grey = [x.reshape(-1, 64) / 255 for x in means]
+    for name in ("stored.npz", "deflated.npz", "lone.npy", "folder"):
         for batch_size in (4, 64):
-            result = run(tmp_path / "ref.npz", tmp_path / name, *PIXELS, "--batch-size", batch_size, out=tmp_path)
+            argv = (tmp_path / "ref.npz", tmp_path / name, *PIXELS, "--batch-size", batch_size)
+            result = run(*argv, out=tmp_path)
             assert result["fid"] == pytest.approx(exact_frechet(*grey), abs=1e-6)
             assert result["sfid"] is result["inception_score"] is None
-            assert 0 <= result["precision"] <= 1 and "sanity" in result["protocol"]["features"]
-            assert fid.sha256(tmp_path / "ref.npz") in result["protocol"]["reference"]
+            assert 0 <= result["precision"] <= 1 and "sanity" in result["protocol"]["features"]["network"]
+            assert result["protocol"]["samples"]["images"] == [9, 16, 16, 3]
+    sha256 = hashlib.sha256((tmp_path / "ref.npz").read_bytes()).hexdigest()[:16]
+    assert result["protocol"]["reference"]["sha256"] == sha256 == fid.file_hash(tmp_path / "ref.npz")
 
 
 def test_center_crop_is_adms():
@@ -317,7 +335,8 @@ def test_folder_reads_rgb_and_ignores_orientation(tmp_path):
     exif[0x0112] = 6  # turned by 90 degrees
     Image.fromarray(noise(1, 24)[0][:16]).save(tmp_path / "a.jpg", exif=exif)
     Image.new("L", (24, 16), 7).save(tmp_path / "b.png")
-    Image.new("RGBA", (24, 16), (1, 2, 3, 0)).save(tmp_path / "c.png")
+    Image.new("RGBA", (24, 16), (1, 2, 3, 0)).save(tmp_path / "c.PNG")
+    Image.new("RGB", (8, 8)).save(tmp_path / "d.bmp")  # not read by extract_features.py either
     images = fid.FolderImages(tmp_path, None)
     assert images.shape == (3, 16, 24, 3)
     assert np.unique(images[1]) == 7 and np.array_equal(images[2][0, 0], [1, 2, 3])
@@ -337,24 +356,27 @@ def test_stats_file(tiny, tmp_path, monkeypatch, capsys):
     for ours, expected in zip((file["mu"], file["sigma"]), gaussian(pooled), strict=True):
         assert ours.dtype == np.float64 and np.allclose(ours, expected, rtol=1e-6)
     assert np.allclose(file["sigma_s"], gaussian(colour)[1], rtol=1e-6) and len(file["arr_0"]) == 6
-    assert sum((crop == kept).all() for crop in crops for kept in file["arr_0"]) == 6  # six different ones of ours
+    assert sum((crop == kept).all() for crop in crops for kept in file["arr_0"]) == 6  # six different ones
 
     np.savez(tmp_path / "other.npz", arr_0=other)
     sample = tiny()(torch.from_numpy(other).permute(0, 3, 1, 2))
     result = run(out, tmp_path / "other.npz", out=tmp_path)  # against all eleven, not the six in the file
     assert result["fid"] == pytest.approx(exact_frechet(pooled, sample[0].numpy()), rel=1e-5)
     assert result["sfid"] == pytest.approx(exact_frechet(colour, sample[1].numpy()), rel=1e-5)
-    assert result["inception_score"] == pytest.approx(fid.inception_score(sample[0] @ tiny().fc.weight.T))  # no bias
-    assert "stored" in result["protocol"]["reference"] and result["precision"] is not None
+    logits = sample[0] @ tiny().fc.weight.T  # no bias
+    assert result["inception_score"] == pytest.approx(fid.inception_score(logits))
+    assert result["protocol"]["reference"]["statistics"] == "stored" and result["precision"] is not None
     result = run(out, out, out=tmp_path)
-    assert abs(result["fid"]) < 1e-6 and abs(result["sfid"]) < 1e-6 and result["precision"] == result["recall"] == 1
+    assert abs(result["fid"]) < 1e-6 and abs(result["sfid"]) < 1e-6
+    assert result["precision"] == result["recall"] == 1
 
-    np.savez(tmp_path / "mu_only.npz", mu=file["mu"], sigma=file["sigma"])  # as the references of some repositories
+    # as the references of some repositories
+    np.savez(tmp_path / "mu_only.npz", mu=file["mu"], sigma=file["sigma"])
     capsys.readouterr()
     result = run(tmp_path / "mu_only.npz", tmp_path / "other.npz", out=tmp_path)
     assert result["fid"] == pytest.approx(exact_frechet(pooled, sample[0].numpy()), rel=1e-5)
     assert result["sfid"] is result["precision"] is None and result["inception_score"] > 1
-    assert "sFID also needs mu_s and sigma_s" in capsys.readouterr().err
+    assert "no mu_s and sigma_s" in capsys.readouterr().err
 
 
 def test_warnings(tiny, tmp_path, capsys):
@@ -363,12 +385,92 @@ def test_warnings(tiny, tmp_path, capsys):
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     run(tmp_path / "b.npz", tmp_path / "a.npz", out=tmp_path)
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
-    out, err = capsys.readouterr()
-    assert "samples: 5 images, fewer than 6 features" in err and "reference: 8 images;" in err
-    assert "no stored statistics" in err and "sorted by class" not in err
-    assert [line.split()[0] for line in out.splitlines()[:5]] == "fid sfid inception_score precision recall".split()
+    err = capsys.readouterr().err
+    assert "a.npz: 5 images;" in err and "b.npz: 8 images;" in err
+    assert "sorted" not in err  # the Inception Score is not of the reference
     run(tmp_path / "a.npz", tmp_path / "b.npz", out=tmp_path)
-    assert "samples: sorted by class" in capsys.readouterr().err
+    assert "b.npz: sorted by class" in capsys.readouterr().err
+
+
+# ---- several sets, the floor, the report
+
+
+def rows_of(text):
+    """The table that fid.py prints: name of a row -> its five entries."""
+    lines = text.splitlines()
+    assert lines[0].split() == "fid sfid inception_score precision recall".split()
+    rows = {}
+    for line in lines[1:]:
+        if line.startswith("reference "):
+            return rows
+        assert len(line[:79].split()) == 5 and line[79:81] == "  "  # aligned, 15 characters each
+        rows[line[81:]] = line[:79].split()
+
+
+def test_several_sets_equal_separate_runs(tiny, tmp_path, capsys):
+    (tmp_path / "folder").mkdir()
+    np.savez(tmp_path / "ref.npz", arr_0=noise(20))
+    protocol = np.array(json.dumps({"sampler": "ode", "steps": 2}))
+    np.savez(tmp_path / "a.npz", arr_0=noise(9, seed=1), protocol=protocol)
+    np.savez(tmp_path / "b.npz", arr_0=noise(7, seed=2), protocol=np.array("[1]"))
+    sets = [tmp_path / "a.npz", tmp_path / "b.npz"]
+    alone = [run(tmp_path / "ref.npz", path, out=tmp_path) for path in sets]
+    capsys.readouterr()
+    together = run(tmp_path / "ref.npz", *sets, out=tmp_path)
+    rows = rows_of(capsys.readouterr().out)
+    assert set(together) == {"sets", "floor"}
+    assert together["floor"] == alone[1]["floor"]  # of the smallest set
+    for path, row, expected in zip(sets, together["sets"], alone, strict=True):
+        assert row == {key: value for key, value in expected.items() if key != "floor"}
+        assert rows[str(path)] == [f"{row[key]:.4f}" for key in fid.METRICS]
+    assert list(rows) == [*map(str, sets), "floor: 7 of REF against its other 13"]
+    assert [row["protocol"]["sampling"] for row in alone] == [{"sampler": "ode", "steps": 2}, None]
+
+
+def test_floor_is_the_reference_against_its_other_images(tiny, tmp_path, monkeypatch):
+    """n distinct images and all others, the numbers those of numpy's statistics of these two parts."""
+    images, taken = noise(30), []
+    features = tiny()(torch.from_numpy(images).permute(0, 3, 1, 2))
+    rows = {tuple(x): i for i, x in enumerate(features[0].tolist())}
+
+    def spy(reference, samples, k=3, fp16=True):
+        taken.append([[rows.get(tuple(x)) for x in part.tolist()] for part in (reference, samples)])
+        return loop_precision_recall(reference.numpy(), samples.numpy(), k)
+
+    np.savez(tmp_path / "ref.npz", arr_0=images)
+    np.savez(tmp_path / "more.npz", arr_0=images)
+    np.savez(tmp_path / "few.npz", arr_0=noise(8, seed=1))
+    for name, n in (("more.npz", 15), ("few.npz", 8)):
+        with monkeypatch.context() as patch:
+            patch.setattr(fid, "precision_recall", spy)
+            floor = run(tmp_path / "ref.npz", tmp_path / name, "--batch-size", "30", out=tmp_path)["floor"]
+        rest, few = taken[-1]  # the floor is measured after the sets
+        assert floor["images"] == len(few) == n and len(rest) == 30 - n and len({*rest, *few}) == 30
+        assert floor["set"] == f"floor: {n} of REF against its other {30 - n}"
+        pooled, colour = (x.numpy() for x in features)
+        assert floor["fid"] == pytest.approx(exact_frechet(pooled[rest], pooled[few]), abs=1e-5)
+        expected = fid.frechet_distance(*gaussian(colour[rest]), *gaussian(colour[few]))
+        assert floor["sfid"] == pytest.approx(expected, abs=1e-5) and floor["fid"] > 0
+        expected = loop_precision_recall(pooled[rest], pooled[few], 3)
+        assert (floor["precision"], floor["recall"]) == expected
+    assert sorted(few) != list(range(n))  # random, not the first images
+
+
+def test_what_was_not_measured_is_a_dash(tmp_path, capsys):
+    np.savez(tmp_path / "a.npz", arr_0=noise(5))
+    result = run(tmp_path / "a.npz", tmp_path / "a.npz", *PIXELS, out=tmp_path)
+    rows = rows_of(capsys.readouterr().out)
+    assert rows == {str(tmp_path / "a.npz"): [f"{result['fid']:.4f}", "-", "-", "1.0000", "1.0000"]}
+    assert result["floor"] is None  # two images are too few
+    assert set(result) == {*fid.METRICS, "set", "protocol", "floor"} and result["sfid"] is None
+
+
+def test_no_row_shows_a_negative_zero(tmp_path, monkeypatch, capsys):
+    np.savez(tmp_path / "a.npz", arr_0=noise(8))
+    monkeypatch.setattr(fid, "frechet_distance", lambda *statistics: -1e-7)
+    result = run(tmp_path / "a.npz", tmp_path / "a.npz", *PIXELS, out=tmp_path)
+    shown = {row[0] for row in rows_of(capsys.readouterr().out).values()}
+    assert result["fid"] == -1e-7 and shown == {"0.0000"}
 
 
 def test_fp32_switch(tmp_path, monkeypatch):
@@ -377,7 +479,8 @@ def test_fp32_switch(tmp_path, monkeypatch):
     argv = (tmp_path / "a.npz", tmp_path / "a.npz", *PIXELS)
     for flags, fp16 in (((), 1), (("--fp32-distances",), 0)):
         result = run(*argv, *flags, out=tmp_path)
-        assert result["precision"] == fp16 and ("fp16" in result["protocol"]["precision_recall"]) == fp16
+        found = result["protocol"]["precision_recall"]["distances"]
+        assert result["precision"] == fp16 and ("fp16" in found) == fp16
 
 
 # ---- bad input: one line with the remedy, and nothing lost
@@ -417,33 +520,54 @@ def flipped_bit(path):
     path.write_bytes(data)
 
 
+def header(path, array, shape=None, dtype=None):
+    """An .npz whose arr_0 claims another shape or type than its data has."""
+    claim = {"descr": dtype or array.dtype.str, "fortran_order": False, "shape": shape or array.shape}
+    with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w") as f:
+        np.lib.format.write_array_header_1_0(f, claim)
+        f.write(array.tobytes())
+
+
+def statistics(path, mu, sigma):
+    np.savez(path, mu=mu, sigma=sigma)
+
+
 BAD_IMAGES = {
-    "float.npz": (lambda p: np.savez(p, arr_0=noise(5) / 255), "holds float64 .* expected uint8"),
-    "nchw.npz": (
-        lambda p: np.savez(p, arr_0=noise(5).transpose(0, 3, 1, 2).copy()),
-        r"uint8 \[5, 3, 16, 16\], expected",
-    ),
-    "fortran.npy": (lambda p: np.save(p, np.asfortranarray(noise(5))), "Fortran-ordered"),
-    "grey.npy": (lambda p: np.save(p, noise(5)[..., 0]), r"uint8 \[5, 16, 16\], expected"),
-    "rgba.npy": (lambda p: np.save(p, np.zeros((5, 8, 8, 4), np.uint8)), r"\[5, 8, 8, 4\], expected"),
-    "empty.npy": (lambda p: np.save(p, noise(5)[:0]), "holds 0 images"),
-    "one.npz": (lambda p: np.savez(p, arr_0=noise(1)), "holds 1 images. At least 4"),
+    "float.npz": (lambda p: np.savez(p, arr_0=noise(5) / 255), "float64 .* expected uint8"),
+    "nchw.npz": (lambda p: np.savez(p, arr_0=noise(5).transpose(0, 3, 1, 2).copy()), r"\[5, 3, 16, 16\] in"),
+    "fortran.npz": (lambda p: np.savez(p, arr_0=np.asfortranarray(noise(5))), "in C order"),
+    "grey.npz": (lambda p: np.savez(p, arr_0=noise(5)[..., 0]), r"uint8 \[5, 16, 16\] in .*expected"),
+    "rgba.npz": (lambda p: np.savez(p, arr_0=np.zeros((5, 8, 8, 4), np.uint8)), r"8, 8, 4\] in .*expected"),
+    "flat.npz": (lambda p: np.savez(p, arr_0=noise(5)[:, :0]), r"\[5, 0, 16, 3\] in .*expected"),
+    "scalar.npz": (lambda p: np.savez(p, arr_0=np.uint8(3)), r"uint8 \[\] in .*expected"),
+    "empty.npz": (lambda p: np.savez(p, arr_0=noise(5)[:0]), "holds 0 images"),
+    "one.npz": (lambda p: np.savez(p, arr_0=noise(1)), "holds 1 images; at least 4"),
     "other.npz": (lambda p: np.savez(p, images=noise(5)), "no item named 'arr_0.npy'"),
-    "object.npz": (lambda p: np.savez(p, arr_0=object_array()), "holds object"),
-    "object.npy": (lambda p: np.save(p, object_array()), "holds object"),
-    "labels.npz": (lambda p: np.savez(p, arr_0=noise(5), arr_1=object_array()), "Object arrays cannot be loaded"),
-    "truncated.npz": (lambda p: truncated(p, lambda q, a: np.savez(q, arr_0=a), noise(5)), "download it again"),
-    "truncated.npy": (lambda p: truncated(p, np.save, noise(5)), "download it again"),
-    "flipped.npz": (flipped_bit, "cannot read .*flipped.npz.* download it again"),
-    "text.npz": (lambda p: p.write_text("hello"), "cannot read"),
-    "text.npy": (lambda p: p.write_text("hello"), "cannot read"),
-    "missing.npz": (lambda p: None, "does not exist"),
+    "object.npz": (lambda p: np.savez(p, arr_0=object_array()), "object"),
+    "labels.npz": (lambda p: np.savez(p, arr_0=noise(5), arr_1=object_array()), "Object arrays cannot"),
+    "huge.npz": (lambda p: header(p, noise(5), shape=(10**12, 16, 16, 3)), r"000, 16, 16, 3\] in 3968 bytes"),
+    "longer.npz": (lambda p: header(p, noise(5), shape=(6, 16, 16, 3)), r"\[6, 16, 16, 3\] in 3968 bytes"),
+    "negative.npz": (lambda p: header(p, noise(5), shape=(-5, -16, 16, 3)), "-5"),
+    "truncated.npz": (lambda p: truncated(p, lambda q, a: np.savez(q, arr_0=a), noise(5)), "download it"),
+    "flipped.npz": (flipped_bit, "flipped.npz: .*download it again"),
+    "no_bytes.npz": (lambda p: p.touch(), "not a zip file"),
+    "text.npz": (lambda p: p.write_text("hello"), "not a zip file"),
+    "array.npz": (lambda p: np.save(p.open("wb"), noise(5)), "not a zip file"),
+    "float.npy": (lambda p: np.save(p, noise(5) / 255), "float64 .* expected uint8"),
+    "short.npy": (lambda p: truncated(p, np.save, noise(5)), r"uint8 \[5, 16, 16, 3\] in 1968 bytes"),
+    "text.npy": (lambda p: p.write_text("hello"), "magic string"),
+    "photo.png": (lambda p: Image.new("RGB", (8, 8)).save(p), "not a zip file"),
+    "missing.npz": (lambda p: None, "No such file"),
     "no_images": (lambda p: p.mkdir(), "holds 0 images"),
-    "sizes": (lambda p: folder(p, [*noise(4), noise(1, 8)[0]]), "different sizes. Crop them to one with --image-size"),
-    "damaged": (damaged_folder, "cannot read .*3.png"),
-    "nan.npz": (lambda p: np.savez(p, mu=np.full(6, np.nan), sigma=np.eye(6)), "not finite .* Remake it"),
-    "width.npz": (lambda p: np.savez(p, mu=np.zeros(5), sigma=np.eye(5)), r"statistics \(5,\), \(5, 5\), not finite"),
-    "pickled_mu.npz": (lambda p: np.savez(p, mu=object_array(), sigma=np.eye(6)), "Object arrays cannot be loaded"),
+    "sizes": (lambda p: folder(p, [*noise(4), noise(1, 8)[0]]), "different sizes; crop .* --image-size"),
+    "damaged": (damaged_folder, "damaged/3.png: cannot be used"),
+    "nan.npz": (lambda p: statistics(p, np.full(6, np.nan), np.eye(6)), "not finite .* --stats"),
+    "infinite.npz": (lambda p: statistics(p, np.zeros(6), np.full((6, 6), np.inf)), "not finite .* --stats"),
+    "overflow.npz": (lambda p: statistics(p, np.zeros(6), np.eye(6) * 1e300), "not finite .* --stats"),
+    "width.npz": (lambda p: statistics(p, np.zeros(5), np.eye(5)), r"shape \(6,\) and \(6, 6\).* --stats"),
+    "words.npz": (lambda p: statistics(p, np.full(6, "x"), np.eye(6)), "string to float.* --stats"),
+    "pickled_mu.npz": (lambda p: statistics(p, object_array(), np.eye(6)), "Object arrays cannot be loaded"),
+    "half.npz": (lambda p: np.savez(p, mu=np.zeros(6)), "holds 0 images"),
 }
 
 
@@ -452,19 +576,76 @@ def test_bad_images(name, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make, message = BAD_IMAGES[name]
     make(tmp_path / name)
-    np.savez("good.npz", arr_0=noise(5))
+    np.savez("good.npz", arr_0=noise(9))
     Path("old.json").write_text("old")
     for pair in ((name, "good.npz"), ("good.npz", name)):
         with pytest.raises(SystemExit, match=message) as error:
             fid.main([*pair, "--device", "cpu", "--json", "old.json", "--batch-size", "2"])
-        assert error.value.code.startswith("fid.py: ") and "\n" not in error.value.code and name in error.value.code
+        line = error.value.code
+        assert line.startswith("fid.py: ") and "\n" not in line and name in line
     assert Path("old.json").read_text() == "old" and not Path("unpickled").exists()
 
 
-def test_a_truncated_npy_fails_before_any_work(tmp_path):
-    truncated(tmp_path / "a.npy", np.save, noise(5))
-    with pytest.raises(SystemExit, match="a.npy"):
-        fid.ArrayImages(tmp_path / "a.npy")
+def test_a_bad_set_is_found_before_any_work(tiny, tmp_path, monkeypatch):
+    np.savez(tmp_path / "good.npz", arr_0=noise(5))
+    header(tmp_path / "short.npz", noise(5), shape=(6, 16, 16, 3))
+    monkeypatch.setattr(fid, "measure", None)
+    with pytest.raises(SystemExit, match="short.npz"):
+        fid.main([str(tmp_path / name) for name in ("good.npz", "good.npz", "short.npz")])
+
+
+ODD_LABELS = [np.arange(7), np.ones((5, 2), int), np.full(5, np.nan), np.array(["a"] * 5), np.int8(1)]
+
+
+@pytest.mark.parametrize("labels", ODD_LABELS)
+def test_odd_labels_are_ignored(labels, tiny, tmp_path, capsys):
+    np.savez(tmp_path / "a.npz", arr_0=noise(5), arr_1=labels, protocol=np.zeros(3))
+    result = run(tmp_path / "a.npz", tmp_path / "a.npz", out=tmp_path)
+    assert result["fid"] == pytest.approx(0, abs=1e-6) and result["protocol"]["sampling"] is None
+    assert "sorted" not in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
+    folder(tmp_path / "images", noise(5))
+    (tmp_path / "images" / "closed").mkdir()
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(SystemExit, match="Permission denied.*images/closed"):
+        fid.FolderImages(tmp_path / "images", None)
+
+
+def test_a_full_disk_keeps_the_old_file(tiny, tmp_path, capsys):
+    """The limit on the size of files stands for the full disk. The table is printed all the same."""
+    np.savez(tmp_path / "a.npz", arr_0=noise(9))
+    (tmp_path / "result.json").write_text("old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        compared = ("a.npz", "a.npz", "--json", "result.json")
+        for argv in (("--stats", "a.npz", "--out", "result.npz"), compared):
+            paths = [str(tmp_path / x) if "." in x else x for x in argv]
+            with pytest.raises(SystemExit, match=f"{argv[-1]}: .*File too large"):
+                fid.main(paths)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "result.json").read_text() == "old" and "a.npz" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path)) == ["a.npz", "result.json"]
+
+
+def test_interrupts_pass(tiny, tmp_path, monkeypatch):
+    def interrupted(path, allow_pickle):
+        raise KeyboardInterrupt
+
+    np.savez(tmp_path / "a.npz", arr_0=noise(5))
+    monkeypatch.setattr(np.lib.npyio, "NpzFile", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fid.ArrayImages(tmp_path / "a.npz")
 
 
 def test_a_failed_write_keeps_the_old_reference(tmp_path):
@@ -472,8 +653,9 @@ def test_a_failed_write_keeps_the_old_reference(tmp_path):
     images = fid.FolderImages(tmp_path / "images", None)
     images.files[4].unlink()  # the reader fails on the last image
     (tmp_path / "ref.npz").write_text("old")
+    images.statistics = 2 * [(np.zeros(3), np.eye(3))]
     with pytest.raises(SystemExit, match="4.png"):
-        fid.write_reference(tmp_path / "ref.npz", 2 * [(np.zeros(3), np.eye(3))], images, batch_size=2)
+        fid.write_reference(tmp_path / "ref.npz", images)
     assert (tmp_path / "ref.npz").read_text() == "old"
 
 
@@ -481,7 +663,7 @@ def spoil(state, name):
     if name == "short.pth":
         state["fc.weight"] = state["fc.weight"][:1000]
     elif name == "nan.pth":
-        state["Conv2d_1a_3x3.conv.weight"] = state["Conv2d_1a_3x3.conv.weight"] * float("nan")
+        state["fc.weight"][7, 7] = float("nan")
     else:
         state = {"resnet.weight": torch.zeros(3)}
     return state
@@ -493,17 +675,21 @@ def spoil(state, name):
         ("short.pth", "size mismatch"),
         ("nan.pth", "not finite"),
         ("other.pth", "Missing key"),
-        ("text.pth", "cannot read"),
+        ("text.pth", "cannot be used"),
+        ("missing.pth", "No such file"),
     ],
 )
 def test_bad_weights(name, message, net, tmp_path):
     path = tmp_path / name
-    torch.save(spoil(net.state_dict(), name), path)
+    state = {key: value.clone() for key, value in net.state_dict().items()}
     if name == "text.pth":
         path.write_text("hello")
+    elif name != "missing.pth":
+        torch.save(spoil(state, name), path)
     np.savez(tmp_path / "a.npz", arr_0=noise(4))
     with pytest.raises(SystemExit, match=message) as error:
-        fid.main([*2 * [str(tmp_path / "a.npz")], "--weights", str(path), "--device", "cpu", "--batch-size", "1"])
+        argv = [*2 * [str(tmp_path / "a.npz")], "--weights", str(path)]
+        fid.main([*argv, "--device", "cpu", "--batch-size", "1"])
     assert "\n" not in error.value.code
 
 
@@ -529,12 +715,26 @@ def test_no_weights_and_no_network(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ("a.npz", "give REF SAMPLES"),
-        ("a.npz a.npz --batch-size 0", "above 0"),
+        ("", "give REF and SAMPLES, or --stats"),
+        ("a.npz", "give REF and SAMPLES, or --stats"),
+        ("a.npz a.npz --batch-size 0", "--batch-size .*above 0"),
+        ("a.npz a.npz --batch-size 1e3", "--batch-size: invalid int value: '1e3'"),
+        ("a.npz a.npz --image-size -8", "--image-size"),
+        ("a.npz a.npz --features clip", "--features: invalid choice: 'clip'"),
+        ("a.npz a.npz --nonsense", "--nonsense"),
+        ("a.npz /dev/full/x", "/dev/full/x: .*Not a directory"),
         ("--stats a.npz", "--out REF.npz"),
-        ("--stats a.npz --out ref.npy", "--out REF.npz"),
-        ("--stats a.npz --out a.npz", "cannot write"),
-        ("a.npz a.npz --json missing/x.json", "cannot write"),
+        ("--stats a.npz --out ref.npy", "--out .*ref.npy: must end in .npz"),
+        ("--stats a.npz --out a.npz", "a.npz: is an input and an output"),
+        ("--stats a.npz --out /dev/full/x.npz", "/dev/full/x.npz: cannot be written"),
+        ("--stats a.npz --out r.npz --features pixels", "--features pixels"),
+        ("--stats a.npz --out r.npz --json x.json", "--stats takes .* no --json"),
+        ("a.npz --stats a.npz --out r.npz", "--stats takes one set"),
+        ("a.npz a.npz --out r.npz", "--stats .* --out .*need each other"),
+        ("a.npz a.npz --json missing/x.json", "missing/x.json: cannot be written"),
+        ("a.npz a.npz --json .", "[.]: cannot be written"),
+        ("a.npz a.npz --json /dev/null", "/dev/null: cannot be written"),
+        ("a.npz a.npz --json a.npz", "a.npz: is an input and an output"),
         ("a.npz a.npz --image-size 8", "crops folders only"),
     ],
 )
@@ -542,8 +742,9 @@ def test_bad_arguments(argv, message, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.savez("a.npz", arr_0=noise(4))
     before = Path("a.npz").read_bytes()
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(SystemExit, match=message) as error:
         fid.main([*argv.split(), "--device", "cpu"])
+    assert error.value.code.startswith("fid.py: ") and "\n" not in error.value.code
     assert Path("a.npz").read_bytes() == before and os.listdir() == ["a.npz"]
 
 
@@ -555,8 +756,39 @@ def test_two_processes_equal_one(tmp_path):
     np.savez_compressed(tmp_path / "b.npz", arr_0=noise(9, seed=1))
     argv = [str(tmp_path / "a.npz"), str(tmp_path / "b.npz"), *PIXELS]
     one = run(*argv, "--batch-size", 2, out=tmp_path)
-    launch("fid.py", *argv, "--batch-size", 2, "--device", "cpu", "--json", tmp_path / "two.json", processes=2)
+    options = ("--batch-size", 2, "--device", "cpu", "--json", tmp_path / "two.json")
+    launch("fid.py", *argv, *options, processes=2)
     two = json.loads((tmp_path / "two.json").read_text())
     assert two["fid"] == pytest.approx(one["fid"], abs=1e-6)
     assert (two["precision"], two["recall"]) == (one["precision"], one["recall"])
-    assert two["protocol"]["versions"].endswith("cpu x 2")
+    assert two["floor"]["images"] == 5 and two["floor"]["fid"] == pytest.approx(one["floor"]["fid"], abs=1e-6)
+    assert two["protocol"]["run"]["processes"] == 2
+
+
+def test_a_failing_rank_ends_all(tmp_path):
+    """Only the second process reads the damaged image; the first one waits for its features."""
+    damaged_folder(tmp_path / "images")
+    np.savez(tmp_path / "a.npz", arr_0=noise(8))
+    argv = (tmp_path / "a.npz", tmp_path / "images", *PIXELS, "--json", tmp_path / "x.json")
+    start = time.monotonic()
+    done = launch("fid.py", *argv, processes=2, check=False)
+    assert done.returncode and time.monotonic() - start < 60
+    first = done.stderr.index("fid.py: ")
+    assert "3.png: cannot be used" in done.stderr[first:].splitlines()[0]
+    assert "Traceback" not in done.stderr[:first] and "[rank0]" not in done.stderr
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_odd_text_does_not_stop_the_report(tmp_path):
+    text = np.array('{"sampler": "\\ud800"}')  # half of a character: no terminal can show it
+    np.savez(tmp_path / "a.npz", arr_0=noise(4), protocol=text)
+    done = launch("fid.py", tmp_path / "a.npz", tmp_path / "a.npz", *PIXELS, "--device", "cpu")
+    assert "sampler" in done.stdout
+
+
+def test_help_shows_the_defaults(capsys):
+    with pytest.raises(SystemExit):
+        fid.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for option in ("--features {inception,pixels} (default: inception)", "images per process (default: 64)"):
+        assert option in text

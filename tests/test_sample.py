@@ -1,6 +1,9 @@
 """sample.py: samplers against closed forms, guidance, per-image noise, and the files it writes."""
 
 import json
+import os
+import re
+import time
 
 import numpy as np
 import pytest
@@ -10,14 +13,15 @@ from PIL import Image
 
 import dit
 import sample
-from extract_features import CachedFeatures
+from extract_features import ArrayFile, CachedFeatures
 
 
 @pytest.fixture(scope="module")
 def checkpoint(cache, tmp_path_factory):
     """A random model for the small cache, saved as a training script saves it."""
     torch.manual_seed(0)
-    config = dict(arch="DiT", input_size=8, in_channels=3, num_classes=3, **dit.parse_model("nano/2") | {"depth": 2})
+    config = dict(arch="DiT", input_size=8, in_channels=3, num_classes=3) | dit.parse_model("nano/2")
+    config["depth"] = 2
     model = dit.build(config)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -25,8 +29,8 @@ def checkpoint(cache, tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "last.pt"
     raw = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
     meta = CachedFeatures(cache).meta
-    content = dict(model=raw, ema=model.state_dict(), heads={}, opt={}, step=7, args={"ema": 0.99}, config=config)
-    torch.save(content | {"data": meta}, path)
+    content = dict(model=raw, ema=model.state_dict(), heads={}, opt={}, step=7, args={"ema": 0.99})
+    torch.save(content | {"config": config, "data": meta}, path)
     return path
 
 
@@ -51,14 +55,15 @@ def test_samplers_recover_a_gaussian(sampler):
     if sampler == "sde":
         x = sample.flow_sde(velocity, start, sample.sde_times(250), lambda: torch.randn(start.shape))
     else:
-        x = sample.flow_ode(velocity, start, sample.ode_times(250 if sampler == "ode" else 40), heun=sampler == "heun")
+        times = sample.ode_times(250 if sampler == "ode" else 40)
+        x = sample.flow_ode(velocity, start, times, heun=sampler == "heun")
     assert x.dtype == torch.float64
     assert x.mean().item() == pytest.approx(0.7, abs=0.004)
     assert x.std().item() == pytest.approx(0.8, abs=0.008)
 
 
 def test_ode_order_of_convergence():
-    """Halving the step divides the error of Euler by 2 and of Heun by 4; the exact map is x -> mean + std x."""
+    """Halving the step divides the error of Euler by 2, of Heun by 4; the exact map is x -> mean + std x."""
     start, velocity = torch.linspace(-2, 2, 9).double(), gaussian_velocity(0.5, 0.5)
     for heun, order in ((False, 1), (True, 2)):
         errors = []
@@ -69,7 +74,7 @@ def test_ode_order_of_convergence():
 
 
 def test_sde_is_the_general_form():
-    """One trajectory of x' = x + (v - t s) dt + sqrt(2 t |dt|) eps, with the score of the general path (SiT)."""
+    """One trajectory of x' = x + (v - t s) dt + sqrt(2 t |dt|) eps, the score of a general path (SiT)."""
     rng = np.random.default_rng(0)
     steps, x = 250, rng.standard_normal(5)
     noise = rng.standard_normal((steps - 1, 5))
@@ -177,7 +182,8 @@ def test_guide_has_control():
             return super().forward(x, t, y, control)
 
     control, x = torch.tensor([[2.0] * 7]), torch.zeros(1, 4, 2, 2)
-    guided = sample.guided(Recorder(), torch.tensor([1]), scale=3.0, guide=Guide(offset=-0.5), control=control)
+    guide = Guide(offset=-0.5)
+    guided = sample.guided(Recorder(), torch.tensor([1]), scale=3.0, guide=guide, control=control)
     assert guided(x, 0.5)[0, 0, 0, 0].item() == 21 + 3 * (21.5 - 21) and torch.equal(seen[0], control)
 
 
@@ -191,14 +197,15 @@ def test_control_of_image_i_is_its_own(tmp_path):
         torch.nn.init.normal_(parameter, std=0.2)
     data = dict(vae="none", latent_scale=1.0, latent_shift=0.0, image_size=8, classes=["0", "1", "2"])
     table = torch.randint(1, 4000, (3, 50, 7))
-    state = dict(model=model.state_dict(), ema=model.state_dict(), config=config, data=data, step=0, args={"ema": 0.9})
-    torch.save(state | {"control": table}, tmp_path / "last.pt")
+    state = dict(model=model.state_dict(), ema=model.state_dict(), config=config, data=data, control=table)
+    torch.save(state | {"step": 0, "args": {"ema": 0.9}}, tmp_path / "last.pt")
     for batch in (2, 16):
         options = f"--num 9 --steps 3 --batch-size {batch} --out {tmp_path / str(batch)}.npz"
         sample.main([str(tmp_path / "last.pt"), *options.split()])
     (a, _, protocol), (b, _, _) = load(tmp_path / "2.npz"), load(tmp_path / "16.npz")
     assert np.abs(a.astype(int) - b).max() <= 1 and a.std() > 5 and protocol["control"] == "empirical"
-    sample.main([str(tmp_path / "last.pt"), *options.split()[:-1], str(tmp_path / "none.npz"), "--control", "none"])
+    options = [*options.split()[:-1], str(tmp_path / "none.npz"), "--control", "none"]
+    sample.main([str(tmp_path / "last.pt"), *options])
     assert (load(tmp_path / "none.npz")[0] != b).mean() > 0.1, "the control matters"
 
 
@@ -210,7 +217,8 @@ def test_choose_control():
         return sample.choose_control(kind, table, y, indices, seed)
 
     drawn = rows("empirical")
-    assert all((drawn[i] == table[label]).all(1).any() for i, label in enumerate(y.tolist())), "rows of the own class"
+    own = [(drawn[i] == table[label]).all(1).any() for i, label in enumerate(y.tolist())]
+    assert all(own), "rows of the own class"
     assert torch.equal(sample.choose_control("empirical", table, y[1:2], [9], 0), drawn[1:2])
     assert not torch.equal(rows("empirical", seed=1), drawn)
     assert rows("fixed").tolist() == 4 * [[512, 512, 0, 0, 512, 512, 0]]
@@ -226,7 +234,8 @@ def test_time_shift_reaches_every_sampler():
         seen.append(t[0].item())
         return torch.zeros_like(x)
 
-    options = dict(input_size=4, patch_size=2, in_channels=3, hidden_size=16, depth=2, num_heads=2, time_shift=2.0)
+    options = dict(input_size=4, patch_size=2, in_channels=3, hidden_size=16, depth=2, num_heads=2)
+    options["time_shift"] = 2.0
     for sampler, plain in (("ode", [1, 0.75, 0.5, 0.25]), ("sde", [1, 0.68, 0.36, 0.04])):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(dit.DiT, "forward", spy)
@@ -321,7 +330,7 @@ def test_killed_sampling_continues(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "generate", generate_and_die)
     with pytest.raises(KeyboardInterrupt):
         sample.main([*options, "--out", str(tmp_path / "killed.npz")])
-    with pytest.raises(SystemExit, match="images of another command: seed 0 there, 1 here"):
+    with pytest.raises(SystemExit, match="killed.npz.partial .*seed is 0 there, 1 here"):
         sample.main([*options, "--out", str(tmp_path / "killed.npz"), "--seed", "1"])
     sample.main([*options, "--out", str(tmp_path / "killed.npz")])
     assert [list(indices) for indices in calls[3:]] == [[4, 5], [6, 7], [8]]
@@ -330,37 +339,256 @@ def test_killed_sampling_continues(checkpoint, tmp_path, monkeypatch):
     assert Image.open(tmp_path / "grid.png").size == (3 * 52 - 4, 3 * 52 - 4)
 
 
-def test_bad_input(checkpoint, tmp_path, capsys):
-    def complain(*options, out="out.npz"):
-        with pytest.raises(SystemExit) as error:
-            sample.main([*map(str, options), "--num", "4", "--steps", "1", "--out", str(tmp_path / out)])
-        assert error.value.code not in (0, None)
-        return str(error.value.code) + capsys.readouterr().err
+def test_a_run_folder_and_class_names(checkpoint, tmp_path):
+    content = torch.load(checkpoint, weights_only=True)
+    content["data"]["classes"] = ["cat", "1", "hot dog, mustard"]
+    torch.save(content, tmp_path / "last.pt")
+    options = [str(tmp_path), "--num", "5", "--steps", "1", "--out"]
+    sample.main([*options, str(tmp_path / "a.npz"), "--labels", "cat,1,2"])
+    _, labels, protocol = load(tmp_path / "a.npz")
+    assert labels.tolist() == [0, 1, 2, 0, 1] and protocol["labels"] == [0, 1, 2]
+    assert protocol["checkpoint"] == sample.file_hash(tmp_path / "last.pt")
+    assert sample.class_indices("2,0", ["1", "2", "0"]) == [1, 2], "a name counts before an index"
 
-    assert "no such checkpoint" in complain(tmp_path / "nothing.pt")
+
+def test_precision_and_compile(checkpoint, tmp_path, monkeypatch):
+    """The protocol says the precision; compiled blocks draw the same images; without a compiler, one line."""
+    compiled, plain = [], torch.nn.Module.compile
+
+    def eagerly(self, **options):
+        compiled.append(type(self).__name__)
+        plain(self, backend="eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", eagerly)
+    images = {}
+    commands = {"fp32": ["--no-compile"], "compiled": ["--compile"], "bf16": ["--precision", "bf16"]}
+    for name, options in commands.items():
+        out = str(tmp_path / f"{name}.npz")
+        sample.main([str(checkpoint), "--num", "3", "--steps", "3", "--out", out, *options])
+        images[name], _, protocol = load(tmp_path / f"{name}.npz")
+        assert protocol["precision"] == f"{name if name == 'bf16' else 'fp32'}, state fp64"
+    assert compiled == ["DiTBlock"] * 2 and np.array_equal(images["fp32"], images["compiled"])
+    assert 0 < np.abs(images["fp32"].astype(int) - images["bf16"]).mean() < 30
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(SystemExit, match="--no-compile"):
+        sample.main([str(checkpoint), "--compile", "--out", str(tmp_path / "none.npz")])
+
+
+def test_a_bar_in_a_log_file_is_short(checkpoint, tmp_path, capsys):
+    options = ["--num", "200", "--steps", "1", "--batch-size", "1", "--out", str(tmp_path / "a.npz")]
+    sample.main([str(checkpoint), *options])
+    assert 1 <= capsys.readouterr().err.count("img") <= 4
+
+
+# --- damaged checkpoints
+
+
+def damaged(checkpoint, tmp_path, change, **options):
+    """The refusal of a checkpoint after change(content), which alters it or returns another content."""
+    content = torch.load(checkpoint, weights_only=True)
+    changed = change(content)
+    torch.save(content if changed is None else changed, tmp_path / "bad.pt")
+    with pytest.raises(ValueError) as error:
+        sample.read_checkpoint(tmp_path / "bad.pt", **options)
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path}/bad.pt: ") and "\n" not in message and len(message) < 500
+    return message
+
+
+HUGE = 10**9
+DAMAGE = {
+    "empty": (lambda c: {key: {} for key in c}, "step"),
+    "no step": (lambda c: c.__delitem__("step"), "step"),
+    "step": (lambda c: c.update(step=-1), "step"),
+    "step text": (lambda c: c.update(step="7"), "step"),
+    "args": (lambda c: c.update(args=[]), "args"),
+    "model": (lambda c: c.update(model={}), "model|state_dict"),
+    "ema list": (lambda c: c.update(ema=[1]), "ema"),
+    "no ema": (lambda c: c.update(ema={}), ""),
+    "a list": (lambda c: [c], ""),
+    "a tensor": (lambda c: torch.zeros(3), ""),
+    "unknown arch": (lambda c: c["config"].update(arch="UNet"), "UNet"),
+    "unknown keyword": (lambda c: c["config"].update(colour=1), "colour"),
+    "no arch": (lambda c: c["config"].__delitem__("arch"), "arch"),
+    "depth": (lambda c: c["config"].update(depth=3), "blocks.2"),
+    "depth text": (lambda c: c["config"].update(depth="3"), ""),
+    "huge depth": (lambda c: c["config"].update(depth=HUGE), f"depth {HUGE}"),
+    "huge width": (lambda c: c["config"].update(hidden_size=HUGE), f"hidden_size {HUGE}"),
+    "huge side": (lambda c: c["config"].update(input_size=HUGE), f"input_size {HUGE}"),
+    "large side": (lambda c: c["config"].update(input_size=512), "input_size 512"),
+    "zero patch": (lambda c: c["config"].update(patch_size=0), ""),
+    "huge classes": (lambda c: c["config"].update(num_classes=HUGE), f"num_classes {HUGE}"),
+    "negative depth": (lambda c: c["config"].update(depth=-1), "blocks.0"),
+    "one more class": (lambda c: c["config"].update(num_classes=4), "y_embedder"),
+    "a missing weight": (lambda c: c["ema"].__delitem__("pos_embed"), "pos_embed"),
+    "another shape": (lambda c: c["model"].update({"pos_embed": torch.zeros(1, 16, 4)}), "pos_embed"),
+    "a word as weight": (lambda c: c["model"].update({"pos_embed": "x"}), "pos_embed"),
+    "NaN": (lambda c: c["ema"]["pos_embed"][0, 3].__setitem__(5, torch.nan), "ema: pos_embed"),
+    "inf": (lambda c: c["model"]["pos_embed"][0, 3].__setitem__(5, torch.inf), "model: pos_embed"),
+    "no bytes": (lambda c: c["ema"].update(pos_embed=torch.zeros(1).expand(1, 16, 128)), "ema: pos_embed"),
+    "no classes": (lambda c: c["data"].__delitem__("classes"), "classes"),
+    "classes": (lambda c: c["data"].update(classes=["a", "b"]), "classes"),
+    "classes numbers": (lambda c: c["data"].update(classes=[0, 1, 2]), "classes"),
+    "scale": (lambda c: c["data"].update(latent_scale=0.0), "latent_scale"),
+    "scale NaN": (lambda c: c["data"].update(latent_scale=float("nan")), "latent_scale"),
+    "shift": (lambda c: c["data"].update(latent_shift=float("inf")), "latent_shift"),
+    "vae": (lambda c: c["data"].update(vae=3), "vae"),
+    "a table without control": (lambda c: c.update(control=torch.zeros(3, 50, 7)), "control"),
+    "control without a table": (lambda c: c["config"].update(control="cosine"), "control"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_checkpoint(checkpoint, tmp_path, name):
+    change, reason = DAMAGE[name]
+    assert re.search(reason, damaged(checkpoint, tmp_path, change).split("bad.pt: ")[1])
+
+
+@pytest.mark.parametrize("key", ["opt", "heads"])
+def test_resume_needs_more_than_sampling(checkpoint, tmp_path, key):
+    message = damaged(checkpoint, tmp_path, lambda content: content.__delitem__(key), resume=True)
+    assert key in message
+    sample.read_checkpoint(tmp_path / "bad.pt")
+    sample.read_checkpoint(checkpoint, resume=True)
+
+
+def test_files_that_are_no_checkpoints(checkpoint, tmp_path):
+    whole = checkpoint.read_bytes()
     (tmp_path / "text.pt").write_text("hello")
-    assert "not a readable checkpoint" in complain(tmp_path / "text.pt")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
+    np.savez(tmp_path / "array.pt.npz", a=np.zeros(3))
+    for name in ("text.pt", "empty.pt", "half.pt", "array.pt.npz"):
+        with pytest.raises(ValueError, match=f"{name}: not a readable checkpoint"):
+            sample.read_checkpoint(tmp_path / name)
+    for path in (tmp_path, tmp_path / "no.pt", tmp_path / "text.pt" / "x.pt", "/dev/null", "x" * 999, "a\0b"):
+        with pytest.raises(ValueError, match="no such checkpoint"):
+            sample.read_checkpoint(path)
+
+
+def test_flipped_bytes(checkpoint, tmp_path):
+    """A flip outside the weights is refused in one line or harmless: no other error, no hang."""
+    whole, rng = bytearray(checkpoint.read_bytes()), np.random.default_rng(0)
+    places = np.concatenate([np.arange(8000), np.arange(len(whole) - 6000, len(whole))])
+    refused = 0
+    for place in rng.choice(places, 60, replace=False):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << rng.integers(8)
+        (tmp_path / "flipped.pt").write_bytes(flipped)
+        try:
+            sample.load_model(tmp_path / "flipped.pt")
+        except ValueError as error:
+            assert "flipped.pt: not a readable checkpoint" in str(error)
+            refused += 1
+    assert refused > 10
+
+
+def full(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+def test_writing_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    sample.write_checkpoint(path, {"step": 1})
+    before = path.read_bytes()
+    with pytest.raises(SystemExit, match="cannot write .*last.pt/x.pt"):
+        sample.write_checkpoint(path / "x.pt", {"step": 2})
+    os.symlink("/dev/full", f"{path}.tmp")                                       # the real thing
+    with pytest.raises(SystemExit, match=f"cannot write {path} ") as error:
+        sample.write_checkpoint(path, {"step": torch.zeros(100_000)})
+    assert "\n" not in str(error.value)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit, match=f"cannot write {path} .*No space left"):
+        sample.write_checkpoint(path, {"step": 2})
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_full_disk(checkpoint, tmp_path, monkeypatch):
+    """One line that names the file; nothing half-written has its name; the same command finishes the work."""
+    options = [str(checkpoint), "--num", "4", "--steps", "1", "--batch-size", "2", "--out"]
+    with pytest.raises(SystemExit, match="sample.py: .*/dev/full"):
+        sample.main([*options, "/dev/full/x.npz"])
+    for owner, name in ((ArrayFile, "write"), (np, "savez")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, full)
+            with pytest.raises(SystemExit, match="a.npz.*No space left"):
+                sample.main([*options, str(tmp_path / "a.npz")])
+        assert [p.name for p in tmp_path.iterdir()] == ["a.npz.partial"]
+    monkeypatch.setattr(sample, "generate", None)                                 # all images are there
+    sample.main([*options, str(tmp_path / "a.npz")])
+    assert load(tmp_path / "a.npz")[0].std() > 20
+
+
+# --- poisoned numbers
+
+
+@pytest.fixture
+def poisoned(checkpoint, tmp_path):
+    """A checkpoint whose class 2 overflows, with finite weights."""
+    content = torch.load(checkpoint, weights_only=True)
+    content["ema"]["y_embedder.embedding_table.weight"][2] = 3e38
+    torch.save(content, tmp_path / "last.pt")
+    return tmp_path / "last.pt"
+
+
+POISONED = "--num-images 6 --steps 2 --batch-size 3 --labels 0,1,0,1,2,2 --out".split()
+
+
+def test_images_that_are_not_finite_stop(poisoned, tmp_path):
+    with pytest.raises(SystemExit, match="2 of 3 images are not finite: 4, 5"):
+        sample.main([str(poisoned), *POISONED, str(tmp_path / "a.npz")])
+    assert not (tmp_path / "a.npz").exists()
+    assert np.load(tmp_path / "a.npz.partial" / "progress.npy").tolist() == [1, 1, 1, 0, 0, 0]
+
+
+def test_one_rank_that_fails_ends_all(poisoned, tmp_path):
+    """Only the second process meets the bad images."""
+    began = time.time()
+    done = run("sample.py", poisoned, *POISONED, tmp_path / "a.npz", processes=2, check=False)
+    assert done.returncode != 0 and "sample.py: 2 of 3 images are not finite: 4, 5" in done.stderr
+    assert not (tmp_path / "a.npz").exists() and time.time() - began < 60
+
+
+def test_a_preview_that_is_not_finite_does_not_end_a_run(poisoned, tmp_path, capsys):
+    model, checkpoint = sample.load_model(poisoned)
+    autoencoder = sample.load_autoencoder("none")
+    sample.preview(model, checkpoint["data"], autoencoder, tmp_path / "picture.png")
+    assert "picture.png: 4 of 12 images are not finite: 2, 5, 8, 11" in capsys.readouterr().err
+    assert not (tmp_path / "picture.png").exists()
+
+
+def test_bad_input(checkpoint, tmp_path):
+    def complain(*options, out="out.npz"):
+        command = [*options, "--num", "4", "--steps", "1", "--out", tmp_path / out]
+        with pytest.raises(SystemExit) as error:
+            sample.main([*map(str, command)])
+        message = str(error.value.code)
+        assert message.startswith("sample.py: ") and "\n" not in message
+        return message
+
+    assert "nothing.pt: no such checkpoint" in complain(tmp_path / "nothing.pt")
     torch.save({"state": torch.zeros(1)}, tmp_path / "foreign.pt")
-    assert "neither a checkpoint of these training scripts nor" in complain(tmp_path / "foreign.pt")
-    assert "classes 0 to 2" in complain(checkpoint, "--labels", "2,3")
-    assert "expected random, balanced or class indices" in complain(checkpoint, "--labels", "cat")
-    assert "must be at least 1" in complain(checkpoint, "--batch-size", "0")
-    assert "must end in .npz" in complain(checkpoint, out="out.png")
+    assert "foreign.pt" in complain(tmp_path / "foreign.pt")
+    assert "--labels 3: " in complain(checkpoint, "--labels", "2,3")
+    assert "--labels cat: " in complain(checkpoint, "--labels", "cat")
+    for flag, value in (("batch-size", 0), ("seed", -1), ("cfg", 0.5), ("cfg", "nan"), ("control-cfg", -1)):
+        assert f"--{flag}: {value}" in complain(checkpoint, f"--{flag}", value)
+    assert "--steps: 0" in complain(checkpoint, "--steps", 0)
+    assert "--num/--num-images: 0" in complain(checkpoint, "--num", 0)
+    assert "must be a file that ends in .npz" in complain(checkpoint, out="out.png")
     (tmp_path / "there.npz").write_text("precious")
-    assert "exists" in complain(checkpoint, out="there.npz")
+    assert "there.npz exists" in complain(checkpoint, out="there.npz")
+    assert "there.npz/x.npz" in complain(checkpoint, out="there.npz/x.npz")
     assert (tmp_path / "there.npz").read_text() == "precious"
-    assert "--grid x.pgn: must end in .png" in complain(checkpoint, "--grid", "x.pgn")
+    assert "--grid x.pgn: must be a file that ends in .png" in complain(checkpoint, "--grid", "x.pgn")
     assert "no such folder" in complain(checkpoint, "--grid", tmp_path / "nodir" / "x.png")
-    assert "--cfg 0.5: must be at least 1" in complain(checkpoint, "--cfg", "0.5")
-    assert "--cfg nan: must be at least 1" in complain(checkpoint, "--cfg", "nan")
-    assert "needs a scale >= 0" in complain(checkpoint, "--control-cfg", "nan")
-    assert "the lower one first" in complain(checkpoint, "--cfg", "2", "--interval", "0.7", "0")
+    assert "--interval 0.7 0: " in complain(checkpoint, "--cfg", "2", "--interval", "0.7", "0")
     assert "--interval has no effect without --cfg" in complain(checkpoint, "--interval", "0", "0.7")
     assert "--guide has no effect without --cfg" in complain(checkpoint, "--guide", checkpoint)
-    assert "trained without --control" in complain(checkpoint, "--control", "fixed")
-    assert "trained without --control" in complain(checkpoint, "--control-cfg", "1")
-    for box in ("big", "8,8,0,0,8", "8,8,0,4,8,8,0", "8,8,0,0,8,8,2"):
-        assert "expected empirical, fixed, none, or a box" in complain(checkpoint, "--control", box)
-    with pytest.raises(SystemExit):
+    assert "--control-cfg 1: " in complain(checkpoint, "--control-cfg", "1", "--control", "none")
+    assert "--control fixed: the model was trained without" in complain(checkpoint, "--control", "fixed")
+    assert "the model was trained without --control" in complain(checkpoint, "--control-cfg", "1")
+    for box in ("big", "8,8,0,0,8", "8,8,0,4,8,8,0", "8,8,0,0,8,8,2", f"8,{10**30},0,0,8,8,0"):
+        assert f"--control: {box}: " in complain(checkpoint, "--control", box)
+    with pytest.raises(SystemExit, match="nothing to write"):
         sample.main([str(checkpoint)])
-    assert "nothing to write" in capsys.readouterr().err

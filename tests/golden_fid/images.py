@@ -1,7 +1,9 @@
-"""Test images and network weights, reproducible to the bit: seeded uniform draws and element-wise + - * / only.
+"""Test images and network weights, reproducible to the bit: seeded uniform draws and element-wise + - * /
+only.
 
-The golden values beside this file were computed from them with the unmodified evaluator.py of openai/guided-diffusion
-(TensorFlow 2.21): metrics64.json from the first 300 images of both kinds, rows64.npz from the first 8.
+The golden values beside this file were computed from them with the unmodified evaluator.py of
+openai/guided-diffusion (TensorFlow 2.21): metrics64.json from the first 300 images of both kinds, rows64.npz
+from the first 8.
 """
 
 import zlib
@@ -18,7 +20,8 @@ def triangle(t):
 
 
 def image(rs, kind, h, w):
-    """One image of a colour gradient, a few shapes, waves and noise: uint8 [h, w, 3]. The order of draws is fixed."""
+    """One image of a colour gradient, a few shapes, waves and noise: uint8 [h, w, 3]. The order of draws is
+    fixed."""
     y = ((np.arange(h, dtype=np.float64) + 0.5) / h)[:, None]
     x = ((np.arange(w, dtype=np.float64) + 0.5) / w)[None, :]
 
@@ -52,7 +55,8 @@ def image(rs, kind, h, w):
         mask = (mask * draw(0.5, 1.0))[..., None]
         img = img * (1 - mask) + fill * mask
     amplitude = draw(0.0, 22.0) if kind == "ref" else draw(0.0, 14.0)
-    waves = amplitude * triangle(draw(1, 6) * x + draw(-4, 4) * y) * triangle(draw(-4, 4) * x + draw(1, 6) * y)
+    waves = amplitude * triangle(draw(1, 6) * x + draw(-4, 4) * y)
+    waves = waves * triangle(draw(-4, 4) * x + draw(1, 6) * y)
     img = img + waves[..., None] * (0.4 + 0.6 * (c / 255.0))
     k = rs.randint(0, 13) if kind == "ref" else rs.randint(0, 7)
     if k:
@@ -69,8 +73,9 @@ def images64(kind, n):
 def weights(shapes):
     """Random network weights as {name: float32 array}, for the shapes in a state dict.
 
-    BN statistics come from bn_stats.npz (calibrated once, so that activations neither vanish nor grow). Convolution
-    outputs have a variance near 0.1, where the BN epsilon matters; fc.bias is large, and IS must ignore it.
+    BN statistics come from bn_stats.npz (calibrated once, so that activations neither vanish nor grow).
+    Convolution outputs have a variance near 0.1, where the BN epsilon matters; fc.bias is large, and IS must
+    ignore it.
     """
 
     def uniform(name, shape, low, high):
@@ -85,6 +90,7 @@ def weights(shapes):
         state[f"{prefix}.bn.weight"] = uniform(f"{prefix}.bn.weight", shape[:1], 0.7, 1.3)
         state[f"{prefix}.bn.bias"] = uniform(f"{prefix}.bn.bias", shape[:1], -0.35, 0.45)
     half = uniform("fc.weight", (1008, 1024), -0.275, 0.275)
-    state["fc.weight"] = np.stack([half, -half], axis=2).reshape(1008, 2048)  # rows add up to 0: no class saturates
+    # rows add up to 0: no class saturates
+    state["fc.weight"] = np.stack([half, -half], axis=2).reshape(1008, 2048)
     state["fc.bias"] = uniform("fc.bias", (1008,), -2.0, 2.0)
     return state
