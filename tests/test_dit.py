@@ -409,7 +409,6 @@ def test_bad_conditioning():
         (dict(class_tokens=-1), "class_tokens -1"),
         (dict(time_shift=0.0), "time_shift 0.0"),
         (dict(time_shift=math.inf), "time_shift inf"),
-        (dict(pos_base=-1), "pos_base -1"),
     ):
         with pytest.raises(ValueError, match=message):
             dit.DiT(**SMALL, **options)
