@@ -209,8 +209,9 @@ class DiT(nn.Module):
             raise ValueError(f"latents of side {input_size} do not divide into patches of {patch_size}")
         if hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads} and 4")
-        if class_tokens < 0 or not 0 < time_shift < math.inf:
-            raise ValueError(f"class_tokens {class_tokens} or time_shift {time_shift} is out of range")
+        if class_tokens < 0 or not 0 < time_shift < math.inf or (pos_base or 1) < 0:
+            wrong = f"class_tokens {class_tokens}, time_shift {time_shift}, pos_base {pos_base}"
+            raise ValueError(f"{wrong}: one of them is out of range")
         self.patch_size, self.in_channels, self.num_classes = patch_size, in_channels, num_classes
         self.grid = input_size // patch_size
         self.class_tokens, self.pos_base, self.time_shift = class_tokens, pos_base, time_shift

@@ -334,7 +334,7 @@ def launch():
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.digits and args.data == "features/digits":
+    if args.digits:
         extract_digits(args.data)
     rank, world, device = launch()
 
