@@ -32,13 +32,16 @@ import math
 import os
 import posixpath
 import shutil
+import socket
 import sys
+import urllib.request
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from datetime import timedelta
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import huggingface_hub
 import numpy as np
@@ -77,15 +80,17 @@ class Parser(argparse.ArgumentParser):
 def number(kind, low=-math.inf, high=math.inf, above=-math.inf):
     """An argparse type: a finite int or float with low <= value <= high and value > above."""
     limits = {"at least": low, "at most": high, "above": above}
-    wanted = ["an integer" if kind is int else "a finite number"]
-    wanted += [f"{word} {limit}" for word, limit in limits.items() if math.isfinite(limit)]
+    wanted = " and ".join(f"{word} {limit}" for word, limit in limits.items() if math.isfinite(limit))
 
     def parse(text):
-        with contextlib.suppress(ValueError):
+        try:
             value = kind(text)
-            if low <= value <= high and above < value < math.inf:
-                return value
-        raise argparse.ArgumentTypeError(f"{text[:40]} must be {' and '.join(wanted)}")
+        except ValueError:
+            name = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {name}") from None
+        if not (low <= value <= high and above < value < math.inf):
+            raise argparse.ArgumentTypeError(f"{text[:40]} must be {wanted or 'finite'}")
+        return value
 
     return parse
 
@@ -121,31 +126,32 @@ def start_folder(folder, file, description, arrays, parts, ignore=(), copies=1):
     `parts`, made last. ignore: keys of the description that may differ. copies: how often the disk must hold
     all. Returns the folder's lock. ValueError if the folder is foreign or damaged, or the disk too small.
     """
-    arrays = arrays | {"progress": dict(shape=[parts], dtype="uint8")}
     if folder.exists() and not (folder / file).exists():
         foreign = {path.name for path in folder.iterdir()} - {".lock", Path(file).with_suffix(".tmp").name}
         if foreign:
             raise ValueError(f"{folder} holds other files, such as {min(foreign)}; choose another --out")
-    lock, started = lock_folder(folder), (folder / "progress.npy").exists()
+    lock, progress = lock_folder(folder), folder / "progress.npy"
     if (folder / file).exists():
         found = read_json(folder / file)
         for key in description:
             if key not in ignore and found.get(key) != description[key]:
                 here = f"{key} is {found.get(key)!r:.80} there, {description[key]!r:.80} here"
                 raise ValueError(f"{folder} holds the work of another command: {here}; choose another --out")
-        for name in arrays if started else ():
-            open_array(folder / f"{name}.npy", **arrays[name])
-        if started or found.get("complete"):
+        if progress.exists():
+            for name, array in (arrays | {"progress": dict(shape=[parts], dtype="uint8")}).items():
+                open_array(folder / f"{name}.npy", **array)
+        if progress.exists() or found.get("complete"):
             return lock
     sizes = [math.prod(array["shape"]) * np.dtype(array["dtype"]).itemsize for array in arrays.values()]
     size, free = copies * sum(sizes), shutil.disk_usage(folder).free
-    line = f"{folder}: needs {size / 1e9:.3f} GB, {free / 1e9:.1f} GB are free"
+    print(f"{folder}: {size / 1e9:.3f} GB, {free / 1e9:.1f} GB free", flush=True)
     if size > free:
-        raise ValueError(line)
-    print(line, flush=True)
+        raise ValueError(f"{folder}: needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
     write_json(folder / file, description)
     for name, array in arrays.items():
         open_memmap(folder / f"{name}.npy", mode="w+", shape=tuple(array["shape"]), dtype=array["dtype"])
+    open_memmap(folder / "progress.tmp", mode="w+", shape=(parts,), dtype=np.uint8)
+    os.replace(folder / "progress.tmp", progress)
     return lock
 
 
@@ -196,14 +202,14 @@ class Images:
     """A folder of class folders, a .zip of one, or an ADM .npz; `limit`: only so many images, evenly spread.
 
     `images[i]` is an RGB PIL image, `labels[i]` its class, `classes` the names. Files are class/file, sorted
-    by path; a folder around all classes is left off; hidden files do not count. The classes of an .npz are
-    the numbers up to the largest label. ValueError for a source without usable images, and from `images[i]`
-    for an unreadable one, which it names.
+    by path; a folder around everything in a .zip is left off; hidden files do not count. The classes of an
+    .npz are the numbers up to the largest label or, if that is 100,000 or more, the labels that occur.
+    ValueError for a source without usable images, and from `images[i]` for an unreadable one, which it names.
     """
 
     def __init__(self, source, limit=None):
         self.source, self.file = Path(source), None
-        if not self.source.exists():
+        if not (self.source.is_file() or self.source.is_dir()):
             raise ValueError(f"--data {source}: no such file or folder")
         if self.source.suffix == ".npz":
             self._read_header()
@@ -217,23 +223,27 @@ class Images:
             self.labels = self.labels[self.rows]
 
     def _read_header(self):
-        needed = "it needs arr_0, uint8 [N, H, W, 3] in C order, and arr_1, N labels from 0 to 99,999"
-        with reading(f"--data {self.source}: no ADM .npz", needed), zipfile.ZipFile(self.source) as archive:
+        expected = "it needs arr_0, uint8 [N, H, W, 3] in C order, and arr_1, N class indices >= 0"
+        with reading(f"--data {self.source}: no ADM .npz", expected), zipfile.ZipFile(self.source) as archive:
             if damaged := archive.testzip():  # now, because images are read one by one
                 raise ValueError(f"wrong checksum of {damaged}")
             with archive.open("arr_0.npy") as file:
                 read_magic(file)
                 self.shape, fortran_order, dtype = read_array_header_1_0(file)
                 self.start, size = file.tell(), archive.getinfo("arr_0.npy").file_size
-            labels = read_array(archive.open("arr_1.npy"), allow_pickle=False)
             whole = size - self.start == math.prod(self.shape) > 0
             if dtype != np.uint8 or self.shape[3:] != (3,) or fortran_order or not whole:
                 raise ValueError(f"arr_0 is {dtype} {list(self.shape)}")
-            integers = labels.dtype.kind in "iu" and labels.shape == self.shape[:1]
-            if not integers or labels.min() < 0 or labels.max() > 99_999:
+            labels = np.zeros(self.shape[0], np.int64)
+            if "arr_1.npy" in archive.namelist():
+                labels = read_array(archive.open("arr_1.npy"), allow_pickle=False)
+            if labels.dtype.kind not in "iu" or labels.shape != self.shape[:1] or labels.min() < 0:
                 raise ValueError(f"arr_1 is {labels.dtype} {list(labels.shape)}")
-        self.labels, self.paths = labels.astype(np.int64), None
-        self.classes = [str(label) for label in range(self.labels.max() + 1)]
+        if labels.max() < 100_000:
+            names, self.labels = range(int(labels.max()) + 1), labels.astype(np.int64)
+        else:
+            names, self.labels = np.unique(labels, return_inverse=True)
+        self.classes, self.paths = [str(name) for name in names], None
 
     def _list_files(self):
         if self.source.is_dir():
@@ -243,23 +253,31 @@ class Images:
             expected = "expected a folder of class folders, a .zip of one, or an ADM .npz"
             with reading(f"--data {self.source}: no .zip", expected), zipfile.ZipFile(self.source) as archive:
                 names = archive.namelist()
+                if outside := [name for name in names if name.startswith("/") or ".." in name.split("/")]:
+                    raise ValueError(f"{outside[0]} points out of it")
         names = [name for name in names if "/." not in f"/{name}" and not name.startswith("__MACOSX/")]
-        images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
-        self.paths = sorted(images, key=lambda name: name.split("/"))
-        folders = [posixpath.dirname(name) for name in self.paths]                # of each image
-        root = posixpath.commonpath([posixpath.dirname(folder) for folder in folders] or [""])
-        for name, folder in zip(self.paths, folders, strict=True):
-            if not folder or posixpath.dirname(folder) != root:
-                remedy = "pass the folder of the class folders, or move it"
-                raise ValueError(f"--data {self.source}: {name} is not class/file; {remedy}")
-        others = {posixpath.dirname(name) for name in names}.difference(folders)
-        empty = sorted(folder for folder in others if folder and posixpath.dirname(folder) == root)
-        if empty or not folders:
-            where = Path(self.source, *empty[:1])
-            raise ValueError(f"--data {self.source}: no image ({', '.join(IMAGE_SUFFIXES)}) in {where}")
-        classes = [posixpath.basename(folder) for folder in folders]              # of each image
-        classes, self.labels = np.unique(classes, return_inverse=True)
-        self.classes = classes.tolist()
+        images = {name for name in names if name.lower().endswith(IMAGE_SUFFIXES)}
+        images = sorted(images, key=lambda name: name.split("/"))
+        above = {name: "/".join(name.split("/")[:-2]) for name in images}  # the folder of the class folders
+        root = posixpath.commonpath(above.values()) if images and self.source.is_file() else ""
+        if deep := Counter(folder for folder in above.values() if folder != root):
+            meant, _ = deep.most_common(1)[0]
+            example = next(name for name in images if above[name] == meant)
+            remedy = f"did you mean {self.source / meant}?"
+            raise ValueError(f"--data {self.source}: {example} lies deeper than class/file; {remedy}")
+        self.prefix = posixpath.join(root, "")
+        names = [name.removeprefix(self.prefix) for name in names if name.startswith(self.prefix)]
+        self.paths = [name.removeprefix(self.prefix) for name in images]
+        if loose := [name for name in self.paths if "/" not in name]:
+            raise ValueError(f"--data {self.source}: {loose[0]} lies outside the class folders; move it")
+        folders = [name.split("/")[0] for name in self.paths]
+        self.classes = sorted(set(folders))
+        empty = sorted({name.split("/")[0] for name in names if "/" in name}.difference(folders))
+        if empty or not images:
+            where = f"class folder {empty[0]!r}" if empty else "the source"
+            raise ValueError(f"--data {self.source}: {where} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+        index = {name: label for label, name in enumerate(self.classes)}
+        self.labels = np.array([index[name] for name in folders], dtype=np.int64)
 
     def __len__(self):
         return len(self.labels)
@@ -269,7 +287,10 @@ class Images:
         name = self.paths[i] if self.paths else i
         remedy = "repair or remove it, or pass --skip-bad"
         with reading(f"--data {self.source}: cannot read image {name}", remedy):
-            return self._open(i).convert("RGB")
+            image = self._open(i).convert("RGB")
+            if max(image.size) >= 200 * min(image.size):  # scaled, it would fill the memory
+                raise ValueError(f"{image.width} x {image.height} pixels")
+            return image
 
     def _open(self, i):
         if self.source.is_dir():
@@ -278,10 +299,13 @@ class Images:
             archive = zipfile.ZipFile(self.source)
             self.file = archive if self.paths else archive.open("arr_0.npy")
         if self.paths:
-            return Image.open(io.BytesIO(self.file.read(self.paths[i])))
-        size = math.prod(self.shape[1:])
-        self.file.seek(self.start + int(i) * size)
-        return Image.fromarray(np.frombuffer(self.file.read(size), np.uint8).reshape(self.shape[1:]))
+            member = self.file.getinfo(self.prefix + self.paths[i])
+            if member.file_size > 2**28:
+                raise ValueError(f"{member.file_size} bytes")
+            return Image.open(io.BytesIO(self.file.read(member)))  # its end checks the checksum
+        self.file.seek(self.start + int(i) * math.prod(self.shape[1:]))
+        pixels = np.frombuffer(self.file.read(math.prod(self.shape[1:])), np.uint8)
+        return Image.fromarray(pixels.reshape(self.shape[1:]))
 
 
 def center_crop(image, size):
@@ -371,11 +395,11 @@ def coder(c_in, c_out, channels, up):
     widths, blocks, name = (channels[::-1], 3, "upsamplers") if up else (channels, 2, "downsamplers")
     stages = nn.Sequential()
     for i, (before, c) in enumerate(pairwise([widths[0], *widths])):
-        resnets = [ResnetBlock(before if k == 0 else c, c) for k in range(blocks)]
+        resnets = [ResnetBlock(before, c)] + [ResnetBlock(c, c) for _ in range(blocks - 1)]
         stage = OrderedDict(resnets=nn.Sequential(*resnets))
+        resize = nn.Upsample(scale_factor=2.0) if up else nn.ZeroPad2d((0, 1, 0, 1))
+        conv = nn.Conv2d(c, c, 3, padding=1) if up else nn.Conv2d(c, c, 3, stride=2)
         if i < len(widths) - 1:
-            resize = nn.Upsample(scale_factor=2.0) if up else nn.ZeroPad2d((0, 1, 0, 1))
-            conv = nn.Conv2d(c, c, 3, padding=1) if up else nn.Conv2d(c, c, 3, stride=2)
             stage[name] = nn.Sequential(nn.Sequential(OrderedDict(resize=resize, conv=conv)))
         stages.append(nn.Sequential(stage))
     middle = MiddleBlock(channels[-1])
@@ -424,6 +448,18 @@ def read_weights(path):
         return dict(torch.load(path, map_location="cpu", weights_only=True).items())
 
 
+def check_hub():
+    """Where the hub does not answer, use only its local cache: its client would try again for a minute."""
+    hub = huggingface_hub.constants
+    address = urlsplit(hub.ENDPOINT)
+    if not urllib.request.getproxies():
+        try:
+            port = address.port or {"http": 80}.get(address.scheme, 443)
+            socket.create_connection((address.hostname, port), timeout=3).close()
+        except OSError:
+            hub.HF_HUB_OFFLINE = True
+
+
 def load_autoencoder(name, device="cpu"):
     """`name`: none, a hub repository, or a local folder or file with Stable Diffusion's autoencoder.
 
@@ -436,15 +472,18 @@ def load_autoencoder(name, device="cpu"):
     if path.is_dir():
         path = path / file
     elif not path.is_file():
+        check_hub()
         remedy = f"pass a folder or file with its {file} (training needs it for pictures: --sample-every 0)"
         with reading(f"--vae {name}: cannot be downloaded", remedy):
             path = huggingface_hub.hf_hub_download(name, file)
-    weights, autoencoder = read_weights(path), AutoencoderKL()
+    weights, state, autoencoder = read_weights(path), {}, AutoencoderKL()
     renamed = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # in older files
     with reading(f"--vae {name}: weights of another architecture", "pass those of an SD autoencoder"):
-        for old, new in renamed.items():
-            weights = {key.replace(f".{old}.", f".{new}."): value for key, value in weights.items()}
-        autoencoder.load_state_dict(weights)
+        for key, value in weights.items():
+            for old, new in renamed.items():
+                key = key.replace(f"attentions.0.{old}.", f"attentions.0.{new}.")
+            state[key] = value.flatten(1) if "attentions.0.to_" in key and value.ndim == 4 else value
+        autoencoder.load_state_dict(state)
     return autoencoder.to(device)
 
 
@@ -460,7 +499,7 @@ class HOG:
     bins, floor = 9, 0.02
 
     def __init__(self, grid):
-        self.grid, self.width = grid, 9 * self.bins + 1
+        self.grid, self.widths = grid, [9 * self.bins + 1]
 
     def __call__(self, images):                                                   # (N, 3, H, W) uint8
         grey = F.pad(images.float().mean(1, keepdim=True) / 255, (1, 1, 1, 1), mode="replicate")
@@ -492,18 +531,22 @@ class ViT:
         what, remedy = f"--encoder {name}: not a ViT that timm knows", "see timm.list_models('vit*')"
         with reading(what, remedy), torch.device("meta"):
             patch = timm.create_model(name).patch_embed.patch_size[0]
-        overlay = {"state_dict": read_weights(weights)} if weights else None
-        failure = f"--encoder {name}: cannot load {weights or 'its weights from the hub'}"
-        with reading(failure, "pass --encoder-weights FILE with its own"):
-            options = dict(num_classes=0, img_size=grid * patch, pretrained_cfg_overlay=overlay)
+        options = dict(num_classes=0, img_size=grid * patch)
+        if weights:
+            options["pretrained_cfg_overlay"] = {"state_dict": read_weights(weights)}
+            failure = f"--encoder-weights {weights}: not weights of {name}", "pass its own"
+        else:
+            check_hub()
+            failure = f"--encoder {name}: its weights cannot be downloaded", "pass --encoder-weights FILE"
+        with reading(*failure):
             self.model = timm.create_model(name, pretrained=True, **options)
         self.model.to(device).eval().requires_grad_(False)
-        self.side, self.width, self.device = grid * patch, self.model.embed_dim, torch.device(device)
+        self.side, self.widths, self.device = grid * patch, [self.model.embed_dim], torch.device(device)
         self.norm = not any(family in name for family in (".mae", "_clip_"))
         config = timm.data.resolve_model_data_config(self.model)
         self.mean, self.std = (torch.tensor(config[k], device=device).view(3, 1, 1) for k in ("mean", "std"))
         with reading(what, remedy):
-            self(torch.zeros(1, 3, 8, 8, dtype=torch.uint8, device=device)).view(grid**2, self.width)
+            self(torch.zeros(1, 3, 8, 8, dtype=torch.uint8, device=device)).view(grid**2, *self.widths)
 
     def __call__(self, images):                                                   # (N, 3, H, W) uint8
         x = (images.float() / 255 - self.mean) / self.std
@@ -520,14 +563,14 @@ class Encoders:
     """
 
     def __init__(self, names, grid, weights=None, device="cpu"):
-        names = names.split(",")
-        count = len([name for name in names if name != "hog"])
-        files = weights.split(",") if weights else [None] * count
-        if len(files) != count:
-            raise ValueError(f"--encoder-weights: {len(files)} files for {count} encoders with weights")
-        files = iter(files)
-        self.encoders = [HOG(grid) if x == "hog" else ViT(x, grid, next(files), device) for x in names]
-        self.widths = [encoder.width for encoder in self.encoders]
+        names, files = names.split(","), weights.split(",") if weights else []
+        vits = [name for name in names if name != "hog"]
+        if files and len(files) != len(vits):
+            raise ValueError(f"--encoder-weights: {len(files)} files for {len(vits)} encoders with weights")
+        files = dict(zip(vits, files, strict=False))
+        vits = {name: ViT(name, grid, files.get(name), device) for name in vits}
+        self.encoders = [vits.get(name) or HOG(grid) for name in names]
+        self.widths = [width for encoder in self.encoders for width in encoder.widths]
 
     def __call__(self, images):
         return torch.cat([encoder(images) for encoder in self.encoders], dim=-1)
@@ -550,6 +593,30 @@ def layout(meta, target_dtype):
     if width:
         arrays["targets"] = dict(shape=[*images, meta["grid"] ** 2, width], dtype=target_dtype)
     return arrays
+
+
+def check_meta(meta):
+    """Every entry of meta.json: its type, then its range. ValueError names the first that is not sound."""
+    whole = "count image_size views latent_channels latent_side grid chunk".split()
+    whole = dict.fromkeys(whole, 1) | dict(crops=0, seed=0)  # their minima
+    types = dict.fromkeys(whole, int) | dict(limit=(int, type(None)), latent_scale=(int, float))
+    types |= dict(latent_shift=(int, float), source=str, vae=str, encoder=str, flip=bool, complete=bool)
+    types |= dict(classes=list, target_widths=list, skipped=list, arrays=dict)
+    sound = {key: key in meta and isinstance(meta[key], kind) for key, kind in types.items()}
+    if all(sound.values()):
+        sound = {key: least <= meta[key] < 2**31 for key, least in whole.items()}
+        names = {name for name in meta["classes"] if isinstance(name, str)}
+        sound["classes"] = 0 < len(names) == len(meta["classes"])
+        sound["views"] = meta["views"] == 1 + meta["flip"] + meta["crops"]
+        sound["latent_scale"] = 0 < meta["latent_scale"] < 1e6
+        sound["latent_shift"] = abs(meta["latent_shift"]) < 1e6
+        sound["target_widths"] = all(type(width) is int and width > 0 for width in meta["target_widths"])
+    if all(sound.values()):
+        sound["grid"] = meta["latent_side"] % meta["grid"] == 0
+        layouts = [layout(meta, dtype) for dtype in ("float16", "int8")]
+        sound["arrays"] = any(meta["arrays"].items() <= arrays.items() for arrays in layouts)
+    for key in (key for key, good in sound.items() if not good):
+        raise ValueError(f"{key} is {meta.get(key)!r:.60}")
 
 
 def to_autoencoder(latents, meta):
@@ -577,28 +644,26 @@ class CachedFeatures(Dataset):
         if not (path / "meta.json").is_file():
             raise ValueError(f"{path}: no feature cache there; make one with extract_features.py")
         self.meta = meta = read_json(path / "meta.json")
-        names = ["moments", "labels"] + ["control"] * bool(control) + ["targets"] * bool(targets)
-        with reading(f"{path / 'meta.json'}: not usable", "delete the folder and extract it again"):
-            if meta["format_version"] != FORMAT_VERSION:
-                raise ValueError(f"cache format {meta['format_version']}, not {FORMAT_VERSION}")
-            if not (0 < meta["latent_scale"] < 1e6 and abs(meta["latent_shift"]) < 1e6):
-                raise ValueError(f"latent scale {meta['latent_scale']}, shift {meta['latent_shift']}")
-            missing = [name for name in names if name not in meta["arrays"]]
-            arrays = layout(meta, meta["arrays"].get("targets", {}).get("dtype"))
-        if meta.get("complete") is not True:
+        if meta.get("format_version") != FORMAT_VERSION:
+            found = f"{meta.get('format_version')!r:.60}"
+            raise ValueError(f"{path}: cache format {found}, not {FORMAT_VERSION}; extract it again")
+        with reading(f"{path / 'meta.json'}: damaged", "delete the folder and extract it again"):
+            check_meta(meta)
+        if not meta["complete"]:
             raise ValueError(f"{path}: the cache is incomplete; run the same command again to complete it")
+        names = ["moments", "labels"] + ["control"] * bool(control) + ["targets"] * bool(targets)
+        missing = [name for name in names if name not in meta["arrays"]]
         if missing:
-            remedy = "extract it again (targets: with an --encoder)"
+            remedy = "extract it with an --encoder" if missing[0] == "targets" else "extract it again"
             raise ValueError(f"{path}: the cache has no {missing[0]}; {remedy}")
-        self.arrays = {name: open_array(path / f"{name}.npy", **arrays[name]) for name in names}
+        self.arrays = {name: open_array(path / f"{name}.npy", **meta["arrays"][name]) for name in names}
         self.views, labels = meta["views"], np.array(self.arrays["labels"])
         self.rows = np.flatnonzero(labels >= 0)
         self.labels = labels[self.rows]
         if not len(self.rows):
             raise ValueError(f"{path}: none of its images was readable; extract it again")
-        with reading(f"{path}: labels.npy does not fit meta.json", "delete the folder and extract it again"):
-            if labels.max() >= len(meta["classes"]) or np.flatnonzero(labels < 0).tolist() != meta["skipped"]:
-                raise ValueError("labels that are no classes")
+        if labels.max() >= len(meta["classes"]) or np.flatnonzero(labels < 0).tolist() != meta["skipped"]:
+            raise ValueError(f"{path}/labels.npy: damaged, labels that are no classes; extract it again")
         for name in set(names) - {"labels"}:
             self.arrays[name] = self.arrays[name].reshape(-1, *self.arrays[name].shape[2:])
 
@@ -779,16 +844,20 @@ def run(args, rank, world, device):
         if world > 1:
             dist.barrier()
             dist.destroy_process_group()
-        if rank > 0:
-            return
-        labels = open_array(out / "labels.npy", **meta["arrays"]["labels"])
-        skipped = np.flatnonzero(labels < 0).tolist()
-        write_json(out / "meta.json", meta | {"complete": True, "skipped": skipped})
-        CachedFeatures(out, targets="targets" in meta["arrays"])  # as a trainer will open it
-        (out / "progress.npy").unlink(missing_ok=True)
-        names = ", ".join(map(repr, meta["classes"][:3])) + ", ..." * (len(meta["classes"]) > 3)
-        without = f", without {len(skipped)} unreadable ones" if skipped else ""
-        print(f"{out}: complete, {len(labels):,} images of {len(meta['classes']):,} classes: {names}{without}")
+        if rank == 0:
+            finish(out, meta)
+
+
+def finish(out, meta):
+    """Mark a cache as complete, open it as a trainer will, say what it holds. ValueError if it is damaged."""
+    labels = open_array(out / "labels.npy", **meta["arrays"]["labels"])
+    skipped = np.flatnonzero(labels < 0).tolist()
+    write_json(out / "meta.json", meta | {"complete": True, "skipped": skipped})
+    CachedFeatures(out, targets="targets" in meta["arrays"])
+    (out / "progress.npy").unlink(missing_ok=True)
+    names = ", ".join(map(repr, meta["classes"][:3])) + ", ..." * (len(meta["classes"]) > 3)
+    without = f", without {len(skipped)} unreadable ones" if skipped else ""
+    print(f"{out}: complete, {meta['count']:,} images of {len(meta['classes']):,} classes: {names}{without}")
 
 
 def main(argv=None):
