@@ -598,11 +598,11 @@ CASES = {
     "fid: pipe as png": Case("fid ref.npz src", ("00.png",), pipe("src/a/00.png")),
     "fid: pipe as npz": Case(FID, ("ref.npz",), pipe("ref.npz")),
     "fid: crop of an npz": Case(f"{FID} --image-size 4", ("ref.npz", "--image-size 4")),
-    "fid: results into a folder": Case(f"{FID} --json cache", ("--json", "cache")),
-    "fid: results below a file": Case(f"{FID} --json ref.npz/x", ("--json", "ref.npz/x")),
-    "fid: results on a device": Case(f"{FID} --json /dev/full", ("--json", "/dev/full")),
+    "fid: results into a folder": Case(f"{FID} --json cache", ("cache",)),
+    "fid: results below a file": Case(f"{FID} --json ref.npz/x", ("ref.npz/x",)),
+    "fid: results on a device": Case(f"{FID} --json /dev/full", ("/dev/full",)),
     "fid: results over the samples": Case(f"{FID} --json samples.npz", ("samples.npz",)),
-    "fid: results nowhere": Case(f"{FID} --json no/x.json", ("--json", "no/x.json")),
+    "fid: results nowhere": Case(f"{FID} --json no/x.json", ("no/x.json",)),
     "fid: --out without --stats": Case(f"{FID} --out x.npz", ("--out",)),
     "fid: NaN statistics": Case(
         f"{FID} --features inception",
@@ -766,7 +766,7 @@ def scratch():
 
 @pytest.fixture
 def home(whole, scratch, monkeypatch, request):
-    """A fresh copy of the whole files, as current folder; of the runs, those that the command names."""
+    """A fresh copy of the whole files, as current folder; of the runs, those that are named."""
     monkeypatch.setitem(fuzz.dit.SIZES, "nano", (2, 32, 2))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     params = getattr(request.node, "callspec", None)
@@ -864,6 +864,7 @@ BUGS = {
     "init: other blocks": "inherit_config does not name --init",
     "sample: control of no rows": "prove does not look at the rows of control",
     "sample: control of words": "prove does not name control",
+    "fid --image-size 0": "0 counts as no --image-size",
     "fid: a device": "fid.py reads whatever opens",
     "fid: pipe as npz": "fid.py reads whatever opens",
     "fid: pipe as png": "fid.py reads whatever opens",
