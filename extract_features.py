@@ -127,7 +127,7 @@ def start_folder(folder, file, description, arrays, parts, ignore=(), copies=1):
     all. Returns the folder's lock. ValueError if the folder is foreign or damaged, or the disk too small.
     """
     if folder.exists() and not (folder / file).exists():
-        foreign = {path.name for path in folder.iterdir()} - {".lock", Path(file).with_suffix(".tmp").name}
+        foreign = {path.name for path in folder.iterdir()} - {".lock", f"{file}.tmp"}
         if foreign:
             raise ValueError(f"{folder} holds other files, such as {min(foreign)}; choose another --out")
     lock, progress = lock_folder(folder), folder / "progress.npy"
@@ -138,8 +138,10 @@ def start_folder(folder, file, description, arrays, parts, ignore=(), copies=1):
                 here = f"{key} is {found.get(key)!r:.80} there, {description[key]!r:.80} here"
                 raise ValueError(f"{folder} holds the work of another command: {here}; choose another --out")
         if progress.exists():
-            for name, array in (arrays | {"progress": dict(shape=[parts], dtype="uint8")}).items():
+            for name, array in arrays.items():
                 open_array(folder / f"{name}.npy", **array)
+            if open_array(progress, [parts], "uint8").max() > 1:
+                raise ValueError(f"{progress}: damaged; delete the folder and make it again")
         if progress.exists() or found.get("complete"):
             return lock
     sizes = [math.prod(array["shape"]) * np.dtype(array["dtype"]).itemsize for array in arrays.values()]
@@ -161,18 +163,34 @@ def read_json(path):
         return dict(json.loads(path.read_text()).items())
 
 
+def replace_file(path, write):
+    """write(file) beside the old file, then rename it. SystemExit, and the old file whole, if that fails."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = " ".join(str(cause).split())[:200]
+        sys.exit(f"cannot write {path} ({reason}); free some space and run the same command again")
+
+
 def write_json(path, value):
     """Replace the file at once: a kill leaves the old one or the new one."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
+    replace_file(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
 def open_array(path, shape, dtype):
     """Memory map of an .npy file. ValueError unless it holds this shape and dtype in C order."""
     with reading(f"{path}: damaged", "delete the folder and make it again"):
         array = open_memmap(path, mode="r")
-        if array.shape != tuple(shape) or array.dtype != dtype or not array.flags.c_contiguous:
+        whole = path.stat().st_size == array.offset + array.nbytes and array.flags.c_contiguous
+        if array.shape != tuple(shape) or array.dtype != dtype or not whole:
             raise ValueError(f"{array.dtype} {list(array.shape)}, expected {dtype} {list(shape)} in C order")
     return array
 
@@ -294,6 +312,8 @@ class Images:
 
     def _open(self, i):
         if self.source.is_dir():
+            if not (self.source / self.paths[i]).is_file():
+                raise ValueError("it is no file")
             return Image.open(self.source / self.paths[i])
         if self.file is None:  # opened by the process that reads: a position in a file cannot be shared
             archive = zipfile.ZipFile(self.source)
@@ -540,6 +560,10 @@ class ViT:
             failure = f"--encoder {name}: its weights cannot be downloaded", "pass --encoder-weights FILE"
         with reading(*failure):
             self.model = timm.create_model(name, pretrained=True, **options)
+            twin = timm.create_model(name, pretrained=True, **options).state_dict() if weights else {}
+            # timm leaves at random what a file lacks, so that a second loading differs
+            if not all(torch.equal(value, self.model.state_dict()[key]) for key, value in twin.items()):
+                raise ValueError("some are missing")
         self.model.to(device).eval().requires_grad_(False)
         self.side, self.widths, self.device = grid * patch, [self.model.embed_dim], torch.device(device)
         self.norm = not any(family in name for family in (".mae", "_clip_"))

@@ -235,7 +235,11 @@ class FolderImages:
         self.shape = (len(self.files), *(self[0].shape if self.files else ()))
 
     def __getitem__(self, i):
+        if not self.files[i].is_file():
+            fail(f"{self.files[i]}: is no file; remove it")
         with naming(self.files[i]), Image.open(self.files[i]) as image:  # ADM ignores EXIF orientation
+            if max(image.size) >= 200 * min(image.size):  # scaled, it would fill the memory
+                raise ValueError(f"{image.width} x {image.height} pixels")
             image = image.convert("RGB")
             return np.asarray(center_crop(image, self.size) if self.size else image)
 
@@ -252,6 +256,8 @@ def center_crop(image, size):
 
 def open_side(path, args):
     """One side of a comparison: its images, if any, and `stored`: (mu, sigma) and (mu_s, sigma_s), if any."""
+    if path.exists() and not path.is_dir() and not path.is_file():
+        fail(f"{path}: is neither a file nor a folder")
     side = FolderImages(path, args.image_size) if path.is_dir() else ArrayImages(path)
     side.stored, side.features = [], []
     widths = InceptionV3.widths if args.features == "inception" and not args.stats else ()
@@ -405,16 +411,18 @@ def parse_args(argv=None):
     add("--fp32-distances", action="store_true", help="do not round distances to fp16 (default: as ADM does)")
     args = parser.parse_intermixed_args(argv)
     output, inputs = args.out or args.json, [path.resolve() for path in (*args.paths, args.weights) if path]
+    flag = "--out" if args.out else "--json"
     free = output and output.is_file() == output.exists() and os.access(f"{output.parent}/", os.W_OK)
     proper = args.stats and len(args.paths) == 1 and not args.json and args.features == "inception"
     for wrong, message in (
-        (min(args.batch_size, args.image_size or 1) < 1, "--batch-size and --image-size must be above 0"),
+        (args.batch_size < 1, f"--batch-size {args.batch_size} must be above 0"),
+        (args.image_size is not None and not 1 <= args.image_size <= 4096, "--image-size must be 1 to 4096"),
         (not args.stats and len(args.paths) < 2, "give REF and SAMPLES, or --stats IMAGES --out REF.npz"),
         (args.stats and not proper, "--stats takes one set of images, no --json, no --features pixels"),
         (args.stats != bool(args.out), "--stats IMAGES and --out REF.npz need each other; see --json, too"),
         (args.out and args.out.suffix != ".npz", f"--out {args.out}: must end in .npz"),
-        (output and output.resolve() in inputs, f"{output}: is an input and an output; name another file"),
-        (output and not free, f"{output}: cannot be written; name a file in an existing folder"),
+        (output and output.resolve() in inputs, f"{flag} {output}: is an input as well; name another file"),
+        (output and not free, f"{flag} {output}: cannot be written; name a file in an existing folder"),
     ):
         if wrong:
             fail(message)

@@ -138,25 +138,8 @@ def guided(model, y, scale=1.0, interval=None, guide=None, control=None, control
 
 
 # ---- Checkpoints: written, read, and proven; the official files of REPA, SiT and DiT
-def replace_file(path, write):
-    """write(file) beside the old file, then rename it. SystemExit, and the old file whole, if that fails."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        if os.path.lexists(temporary):
-            os.unlink(temporary)
-        reason = " ".join(str(error).split())[:200]
-        sys.exit(f"cannot write {path} ({reason}); free some space and run the same command again")
-
-
 def write_checkpoint(path, checkpoint):
-    replace_file(path, lambda file: torch.save(checkpoint, file))
+    ef.replace_file(path, lambda file: torch.save(checkpoint, file))
 
 
 class NoiseDiT(dit.DiT):
@@ -238,27 +221,31 @@ def prove(checkpoint, resume):
     config, data, ema = checkpoint["config"], checkpoint["data"], checkpoint["ema"]
     sizes = {key: value for key, value in config.items() if isinstance(value, int)}
     largest = max(side for value in ema.values() for side in value.shape)
+    needed = "input_size patch_size in_channels hidden_size depth num_heads num_classes".split()
+    if min(sizes.values()) < 0 or min(sizes.get(key, 0) for key in needed) < 1:
+        raise ValueError(f"config: {sizes} is out of range")
     width = ema["pos_embed"].numel() / (config["input_size"] // config["patch_size"]) ** 2
-    if max(sizes.values()) > largest or width != config["hidden_size"]:  # to build them could take all memory
+    if max(sizes.values()) > largest or width != config["hidden_size"]:  # or building fills the memory
         raise ValueError(f"its weights are not of {sizes}")
     with torch.device("meta"):
         model = dit.build(config)
-    for part in ("model", "ema"):
-        model.load_state_dict(checkpoint[part], assign=True)  # raises for other names or shapes
-        if not all(value.isfinite().all() for value in checkpoint[part].values()):
+    for part in ("model", "ema", "heads") if resume else ("model", "ema"):
+        if part != "heads":
+            model.load_state_dict(checkpoint[part], assign=True)  # raises for other names or shapes
+        if not all(x.is_floating_point() and x.isfinite().all() for x in checkpoint[part].values()):
             raise ValueError(f"{part} is not finite")
     step, names, table = checkpoint["step"], data["classes"], checkpoint.get("control")
+    rows = list(table.shape) if torch.is_tensor(table) else table
     sound = dict(
         step=step >= 0 if isinstance(step, int) else step is None and not resume,
-        args=isinstance(checkpoint["args"], dict),
+        args=all(isinstance(key, str) and not torch.is_tensor(x) for key, x in checkpoint["args"].items()),
         opt=not resume or isinstance(checkpoint["opt"], dict),
-        heads=not resume or isinstance(checkpoint["heads"], dict),
         vae=isinstance(data["vae"], str),
-        image_size=isinstance(data["image_size"], int),
+        image_size=data.get("image_size") in (config["input_size"], 8 * config["input_size"]),
         latent_scale=0 < abs(data["latent_scale"]) < math.inf,
         latent_shift=abs(data["latent_shift"]) < math.inf,
         classes=len(names) == model.num_classes and all(isinstance(name, str) for name in names),
-        control=table[:, 0].shape == (len(names), 7) if model.control_embedder else table is None,
+        control=rows == [len(names), 50, 7] if model.control_embedder else table is None,
     )
     for key in (key for key, good in sound.items() if not good):
         raise ValueError(f"{key} does not fit")
@@ -305,6 +292,10 @@ def read_run(folder, args, data, may_change):
     """
     path = Path(folder) / "last.pt"
     if not path.exists():
+        ours = {"run.json", "log.jsonl", "last.pt.tmp", "run.json.tmp", "log.jsonl.tmp"}
+        found = {file.name for file in Path(folder).iterdir()} if Path(folder).is_dir() else set()
+        if foreign := {name for name in found if name[0] != "." and name[-4:] != ".png"} - ours:
+            raise ValueError(f"--out {folder} holds other files ({min(foreign)}); choose another --out")
         return None
     checkpoint = read_checkpoint(path, resume=True)
     there, here = checkpoint["args"] | {"cache": checkpoint["data"]}, args | {"cache": data}
@@ -322,16 +313,22 @@ def restore(checkpoint, objective, ema, optimizer):
         objective.load_state_dict(weights | checkpoint["heads"])
         ema.load_state_dict(checkpoint["ema"])
         optimizer.load_state_dict(checkpoint["opt"])
+        for weights, moments in optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):  # fused AdamW trusts them
+                if moments[name].shape != weights.shape or not moments[name].isfinite().all():
+                    raise ValueError("the optimiser's state is damaged")
+        if checkpoint["step"] and not optimizer.state:
+            raise ValueError("the optimiser has no state")
 
 
 def start_run(args, step, world, model):
-    """Lock the run folder, describe this start in run.json, cut the log after `step`: the lock, to be kept."""
+    """Lock the run folder, describe this start in run.json, cut the log after `step`; returns the lock."""
     out = Path(args.out)
     lock, log, rows, starts = ef.lock_folder(out), out / "log.jsonl", [], []
     if step and log.exists():
         with ef.reading(f"{log}: damaged", "delete it to go on"):
             *whole, _ = log.read_text().split("\n")  # a kill may have cut the last one
-            rows = [row + "\n" for row in whole if json.loads(row)["step"] <= step]
+            rows = [row + "\n" for row in whole if int(json.loads(row)["step"]) <= step]
     if step and (out / "run.json").exists():
         with ef.reading(f"{out}/run.json: damaged", "delete it to go on"):
             starts = [dict(start) for start in json.loads((out / "run.json").read_text())]
@@ -341,7 +338,7 @@ def start_run(args, step, world, model):
     versions = dict(python=sys.version.split()[0], torch=torch.__version__, cuda=torch.version.cuda)
     start = dict(step=step, argv=sys.argv, args=vars(args), versions=versions, device=device)
     ef.write_json(out / "run.json", [*starts, start | dict(processes=world, git=commit)])
-    replace_file(log, lambda file: file.write("".join(rows).encode()))
+    ef.replace_file(log, lambda file: file.write("".join(rows).encode()))
 
     share = args.batch_size // world
     micro = args.micro_batch or share
@@ -452,7 +449,7 @@ def save_grid(images, path, columns, gap=4):
     grid = np.full((rows * columns, h, w, 3), 96, np.uint8)  # grey between the images
     grid[: len(images), :-gap, :-gap] = images
     grid = grid.reshape(rows, columns, h, w, 3).swapaxes(1, 2).reshape(rows * h, columns * w, 3)
-    replace_file(path, lambda file: Image.fromarray(grid[:-gap, :-gap]).save(file, "PNG"))
+    ef.replace_file(path, lambda file: Image.fromarray(grid[:-gap, :-gap]).save(file, "PNG"))
 
 
 def preview(model, features, autoencoder, path, seed=0):
@@ -472,13 +469,15 @@ def preview(model, features, autoencoder, path, seed=0):
 
 # ---- Command line
 def control_row(text):
-    """An argparse type: empirical, none, or seven numbers."""
+    """An argparse type: empirical, none, fixed (a whole image of 512 x 512, our choice), or seven numbers."""
     if text in ("empirical", "none"):
         return text
-    numbers = [number(int, 0, 10**6)(value) for value in text.split(",")]
-    if len(numbers) != 7:
-        raise argparse.ArgumentTypeError(f"{text}: expected empirical, none, or h0,w0,top,left,h,w,flip")
-    return numbers
+    numbers = "512,512,0,0,512,512,0" if text == "fixed" else text
+    h0, w0, top, left, h, w, flip, *more = [number(int, 0, 10**6)(x) for x in numbers.split(",")] + 7 * [-1]
+    if more != 7 * [-1] or min(h, w) < 1 or top + h > h0 or left + w > w0 or flip > 1:
+        expected = "empirical, fixed, none, or a box h0,w0,top,left,h,w,flip"
+        raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
+    return [h0, w0, top, left, h, w, flip]
 
 
 def parse_args(argv=None):
@@ -490,7 +489,7 @@ def parse_args(argv=None):
     add("--out", type=Path, help="ADM .npz: arr_0 uint8 [N, H, W, 3], arr_1 labels, protocol")
     add("--grid", type=Path, help="PNG with all images; a column per class where labels are balanced")
     add("--labels", default="random", help="random, balanced, or classes: names without a comma, or indices")
-    add("--control", type=control_row, default="empirical", help="empirical, none, h0,w0,top,left,h,w,flip")
+    add("--control", type=control_row, default="empirical", help="fixed, none, or h0,w0,top,left,h,w,flip")
     add("--seed", type=number(int, 0), default=0, help="image i follows from the seed and i")
     add = parser.add_argument_group("sampler and guidance").add_argument
     add("--sampler", choices=["ode", "heun", "sde", "edm"], help="default: ode (Euler), edm for SD-DiT")
@@ -523,6 +522,8 @@ def prepare(args, device):
     """Model, guide or None, autoencoder and checkpoint, checked; completes `args`. ValueError if unfit."""
     if args.out and args.out.exists():
         raise ValueError(f"--out {args.out} exists; delete it or choose another name")
+    if args.grid and (not args.grid.parent.is_dir() or args.grid.is_dir()):
+        raise ValueError(f"--grid {args.grid}: name a file in an existing folder")
     model, checkpoint = load_model(args.checkpoint, args.weights, device, args.official)
     config, data, guide = checkpoint["config"], checkpoint["data"], None
     if args.guide:
@@ -611,7 +612,7 @@ def sample_images(args):
     if args.out:
         labels = choose_labels(args.labels, range(args.num), classes, args.seed).numpy()
         content = dict(arr_0=pixels, arr_1=labels, protocol=np.array(json.dumps(protocol)))
-        replace_file(args.out, lambda file: np.savez(file, **content))
+        ef.replace_file(args.out, lambda file: np.savez(file, **content))
     shutil.rmtree(folder)
     lock.close()
     print(", ".join(f"{key} {value}" for key, value in protocol.items()))
