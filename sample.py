@@ -52,8 +52,8 @@ def sde_times(steps, last=0.04, first=1.0):
 def edm_sigmas(steps=40, low=0.002, high=80.0, rho=7):
     """EDM's noise levels from `high` to `low`, then 0: float64 [steps + 1]."""
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
-    sigmas = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
-    return torch.nn.functional.pad(sigmas, (0, 1))
+    roots = high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))
+    return torch.nn.functional.pad(roots**rho, (0, 1))
 
 
 def flow_ode(model, x, times, heun=False):
@@ -107,9 +107,8 @@ def edm_denoiser(network):
 def guided(model, y, scale=1.0, interval=None, guide=None, control=None, control_scale=None):
     """model(x, t, y) -> a function of (x, t), with guidance at the noise levels of the inclusive interval.
 
-    v = w + scale (v(y, c) - w) for classes y [N] and control c [N, 7]. Here w is v(null, c) (classifier-free)
-    or g(y, c) of a second network `guide` (autoguidance, arXiv 2406.02507).
-    With a scale for the control as well (arXiv 2411.03177), 0 for null class or no control:
+    v = w + scale (v(y, c) - w) for classes y [N] and control c [N, 7]; w = v(null, c) (classifier-free), or
+    that of a second network, w = guide(y, c) (autoguidance, arXiv 2406.02507). With a scale for the control (arXiv 2411.03177), 0 for null class or no control:
         v = v(0, 0) + scale (v(y, 0) - v(0, 0)) + scale control_scale (v(y, c) - v(y, 0))
     EDM's denoiser is affine in F, so guiding F guides it.
     paper: its guidance formula was not read / here: reconstructed from the two scales that it names.
@@ -196,8 +195,6 @@ def from_official(file, official=None):
     t -> 1 - t, a rotation of every pair cos(t f), sin(t f).
     """
     state = file.get("ema", file)
-    if "x_embedder.proj.weight" not in state:
-        raise ValueError("neither a checkpoint of these training scripts nor of REPA, SiT or DiT")
     weights = {name: value.float() for name, value in state.items() if not name.startswith("projectors.")}
     shallow = sum(name.startswith("blocks.") and "qkv.weight" in name for name in weights)
     for name in [name for name in weights if name.startswith("decoder_blocks.")]:
@@ -212,7 +209,7 @@ def from_official(file, official=None):
     if last["final_layer.linear.bias"].shape[1] == 2:
         kind = "dit" if any(value[:, 1].any() for value in last.values()) else "sit"
     else:
-        kind = "repa" if len(weights) < len(state) else official
+        kind = "repa" if weights.keys() != state.keys() else official
     if kind is None or official not in (kind, None):
         found = f"is of {kind}" if kind else "may be of REPA or of SiT: say --official repa or --official sit"
         raise ValueError(f"by its keys and shapes the file {found}")
@@ -226,9 +223,8 @@ def from_official(file, official=None):
 
     side = math.isqrt(weights["pos_embed"].shape[1]) * patch
     classes = [str(i) for i in range(len(weights["y_embedder.embedding_table.weight"]) - 1)]
-    config = dict(arch="NoiseDiT" if kind == "dit" else "DiT", input_size=side, in_channels=channels)
-    config |= dict(patch_size=patch, hidden_size=width, depth=depth, num_heads=heads)
-    config["num_classes"] = len(classes)
+    config = dict(arch="NoiseDiT" if kind == "dit" else "DiT", input_size=side, num_classes=len(classes))
+    config |= dict(patch_size=patch, in_channels=channels, hidden_size=width, depth=depth, num_heads=heads)
     data = dict(vae="stabilityai/sd-vae-ft-ema", latent_scale=0.18215, latent_shift=0.0, image_size=8 * side)
     checkpoint = dict(model=weights, ema=weights, config=config, data=data | dict(classes=classes))
     return checkpoint | dict(step=file.get("steps"), args={"ema": 0.9999})
@@ -236,27 +232,28 @@ def from_official(file, official=None):
 
 def prove(checkpoint, resume):
     """Raise something unless all parts of a checkpoint are there, fit each other, and are finite."""
-    config, data, step = checkpoint["config"], checkpoint["data"], checkpoint["step"]
-    if max(config["depth"], config.get("decoder_depth", 0)) > len(checkpoint["ema"]):
-        raise ValueError("config: depth is larger than the weights")  # building 10^9 blocks would not end
+    config, data, ema = checkpoint["config"], checkpoint["data"], checkpoint["ema"]
+    sizes = {key: value for key, value in config.items() if isinstance(value, int)}
+    largest = max(side for value in ema.values() for side in value.shape)
+    width = ema["pos_embed"].numel() / (config["input_size"] // config["patch_size"]) ** 2
+    if max(sizes.values()) > largest or width != config["hidden_size"]:  # to build them could take all memory
+        raise ValueError(f"its weights are not of {sizes}")
     with torch.device("meta"):
         model = dit.build(config)
     for part in ("model", "ema"):
         model.load_state_dict(checkpoint[part], assign=True)  # raises for other names or shapes
         if not all(value.isfinite().all() for value in checkpoint[part].values()):
             raise ValueError(f"{part} is not finite")
-    classes, table = [name for name in data["classes"] if isinstance(name, str)], checkpoint["control"]
+    step, names, table = checkpoint["step"], data["classes"], checkpoint.get("control")
     sound = dict(
         step=step >= 0 if isinstance(step, int) else step is None and not resume,
         args=isinstance(checkpoint["args"], dict),
-        heads=not resume or isinstance(checkpoint["heads"], dict),
-        opt=not resume or isinstance(checkpoint["opt"], dict),
         vae=isinstance(data["vae"], str),
         image_size=isinstance(data["image_size"], int),
         latent_scale=0 < abs(data["latent_scale"]) < math.inf,
         latent_shift=abs(data["latent_shift"]) < math.inf,
-        classes=len(classes) == len(data["classes"]) == model.num_classes,
-        control=table[:, 0].shape == (len(classes), 7) if model.control_embedder else table is None,
+        classes=len(names) == model.num_classes and all(isinstance(name, str) for name in names),
+        control=table[:, 0].shape == (len(names), 7) if model.control_embedder else table is None,
     )
     for key in (key for key, good in sound.items() if not good):
         raise ValueError(f"{key} does not fit")
@@ -270,8 +267,8 @@ def checkpoint_file(path):
 def read_checkpoint(path, resume=False, official=None, noise=False):
     """The dict of a checkpoint or a run folder's last.pt, on the CPU; official files take the same form.
 
-    resume: prove also what only training needs. official: see from_official. noise: accept NoiseDiT, which
-    cannot be trained here. ValueError, naming the file, if it is missing, damaged or another thing.
+    resume: it must have a step. official: see from_official. noise: accept NoiseDiT, which cannot be trained
+    here. ValueError, naming the file, if it is missing, damaged or another thing.
     """
     path = checkpoint_file(path)
     if not os.path.isfile(path):
@@ -281,7 +278,6 @@ def read_checkpoint(path, resume=False, official=None, noise=False):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if "config" not in checkpoint:
             checkpoint = from_official(checkpoint, official)
-        checkpoint = {"control": None} | checkpoint
         prove(checkpoint, resume)
         if checkpoint["config"]["arch"] == "NoiseDiT" and not noise:
             raise ValueError("DiT's own networks predict noise: only sample.py takes them")
@@ -302,10 +298,9 @@ def read_run(folder, args, data, may_change):
 
     args: the flags of the command, data: the meta.json of its cache; flags in `may_change` may differ.
     """
-    path = Path(folder) / "last.pt"
-    if not path.exists():
+    if not Path(folder, "last.pt").exists():
         return None
-    checkpoint = read_checkpoint(path, resume=True)
+    checkpoint = read_checkpoint(folder, resume=True)
     there, here = checkpoint["args"] | {"cache": checkpoint["data"]}, args | {"cache": data}
     for key in sorted((there.keys() | here.keys()) - set(may_change)):
         if there.get(key) != here.get(key):
@@ -324,16 +319,13 @@ def restore(checkpoint, objective, ema, optimizer):
 
 
 def start_run(args, step, world, model):
-    """Lock the run folder, describe this start in run.json, cut the log after `step`, and print one line.
-
-    Returns the lock, held until it is closed or the process ends. ValueError if locked or a file is damaged.
-    """
+    """Lock the run folder, describe this start in run.json, cut the log after `step`. Returns the lock."""
     out = Path(args.out)
     lock, log, rows, starts = ef.lock_folder(out), out / "log.jsonl", [], []
     if step and log.exists():
         with ef.reading(f"{log}: damaged", "delete it to go on"):
-            rows = [row for row in log.read_text().splitlines() if row.endswith("}")]  # a kill may cut one
-            rows = [row + "\n" for row in rows if json.loads(row)["step"] <= step]
+            *whole, _ = log.read_text().split("\n")  # a kill may have cut the last one
+            rows = [row + "\n" for row in whole if json.loads(row)["step"] <= step]
     if step and (out / "run.json").exists():
         with ef.reading(f"{out}/run.json: damaged", "delete it to go on"):
             starts = [dict(start) for start in json.loads((out / "run.json").read_text())]
@@ -399,10 +391,7 @@ def choose_control(control, table, y, indices, seed):
 
 
 def choose_sampler(model, sampler=None, steps=None):
-    """The sampler and its times or noise levels [steps + 1], shifted as the model's.
-
-    By default edm in 40 steps for SD-DiT, ode in 50 for flow matching. ValueError if it is for other models.
-    """
+    """The sampler and its times or noise levels [steps + 1]. ValueError if it is for other models."""
     edm = isinstance(model, dit.SDDiT)
     known, kind = (["edm"], "an EDM") if edm else (["ode", "heun", "sde"], "a flow-matching")
     sampler = sampler or known[0]
@@ -416,10 +405,7 @@ def choose_sampler(model, sampler=None, steps=None):
 
 @torch.no_grad()
 def generate(model, indices, y, sampler=None, steps=None, seed=0, control=None, **guidance):
-    """Latents float64 [N, C, H, W] of the images `indices` with classes y [N], on the model's device.
-
-    control [N, 7]; guidance: see `guided`; sampler, steps: see `choose_sampler`.
-    """
+    """Latents float64 [N, C, H, W] of the images `indices`, classes y [N], control [N, 7]; see `guided`."""
     device, (sampler, times) = model.pos_embed.device, choose_sampler(model, sampler, steps)
     generators, side = image_generators(seed, indices), model.grid * model.patch_size
 
@@ -512,8 +498,7 @@ def parse_args(argv=None):
     add("--official", choices=["repa", "sit"], help="convention of an official file that does not tell")
     add("--vae", help="default: that of the cache; REPA's numbers need stabilityai/sd-vae-ft-ema")
     add("--batch-size", type=number(int, 1), default=64, help="images at once, per process")
-    precision = "bf16" if cuda else "fp32"
-    add("--precision", choices=["fp32", "bf16"], default=precision, help="of the network; bf16 on CUDA")
+    add("--precision", choices=["fp32", "bf16"], default="bf16" if cuda else "fp32", help="of the network")
     add("--compile", action="onoff", default=cuda, help="default: on CUDA")
     args = parser.parse_args(argv)
     if not (args.out or args.grid):
@@ -536,10 +521,10 @@ def prepare(args, device):
     config, data, guide = checkpoint["config"], checkpoint["data"], None
     if args.guide:
         guide, theirs = load_model(args.guide, args.weights, device, args.official)
-        alike = all(theirs["config"][x] == config[x] for x in ("input_size", "in_channels", "num_classes"))
-        if not alike or any(isinstance(model, x) != isinstance(guide, x) for x in (dit.SDDiT, NoiseDiT)):
-            needs = "a guide needs the same latents, classes and loss"
-            raise ValueError(f"--guide {args.guide}: the other kind of model; {needs}")
+        same = all(theirs["config"][x] == config[x] for x in ("input_size", "in_channels", "num_classes"))
+        if not same or any(isinstance(model, x) != isinstance(guide, x) for x in (dit.SDDiT, NoiseDiT)):
+            needs = "the other kind of model; a guide needs the same latents, classes and loss"
+            raise ValueError(f"--guide {args.guide}: {needs}")
     args.sampler, times = choose_sampler(model, args.sampler, args.steps)
     args.steps, args.vae = len(times) - 1, args.vae or data["vae"]
     if args.labels not in ("random", "balanced"):
@@ -552,11 +537,10 @@ def prepare(args, device):
         if isinstance(args.control, list):
             raise ValueError(f"--control {args.control}: the model was trained without --control")
         args.control = "none"
-    if args.control_cfg is not None:
-        if args.guide or args.control == "none" or checkpoint["args"].get("control_drop") == 0:
-            needs = "needs a --control, no --guide, and training with --control and --control-drop"
-            raise ValueError(f"--control-cfg {args.control_cfg:g}: {needs}")
-    if (args.cfg > 1 or args.control_cfg is not None) and not guide and not model.y_embedder.dropout_prob:
+    apart = args.control_cfg is not None
+    if apart and (guide or args.control == "none" or checkpoint["args"].get("control_drop") == 0):
+        raise ValueError("--control-cfg: needs training with --control and --control-drop, and no --guide")
+    if (apart or args.cfg > 1) and not guide and not model.y_embedder.dropout_prob:
         raise ValueError(f"--cfg {args.cfg:g}: the model has no null class (no label dropout in training)")
     autoencoder = ef.load_autoencoder(args.vae, device)
     made = autoencoder.channels, autoencoder.downsampling * config["input_size"]
@@ -580,15 +564,14 @@ def sample_images(args):
     data, classes, size = checkpoint["data"], model.num_classes, checkpoint["data"]["image_size"]
     target = args.out or args.grid
     folder = target.with_name(target.name + ".partial")
-    if rank == 0:  # the protocol: everything that the images depend on
-        names = "sampler steps cfg interval control control_cfg labels seed weights official vae".split()
-        protocol = {name: getattr(args, name) for name in names} | dict(count=args.num, rounding="nearest")
+    if rank == 0:
+        apart = ("out", "grid", "batch_size", "compile")  # the images do not depend on these
+        protocol = {key: value for key, value in vars(args).items() if key not in apart}
         protocol |= dict(checkpoint=file_hash(args.checkpoint), guide=args.guide and file_hash(args.guide))
-        protocol |= dict(train_step=checkpoint["step"], ema=checkpoint["args"].get("ema"))
+        protocol |= dict(train_step=checkpoint["step"], ema=checkpoint["args"].get("ema"), rounding="nearest")
         protocol["first_noise_level"] = choose_sampler(model, args.sampler, args.steps)[1][0].item()
-        protocol["precision"] = f"{args.precision}, state fp64"
-        images = dict(shape=[args.num, size, size, 3], dtype="uint8")
-        lock = ef.start_folder(folder, "protocol.json", protocol, {"images": images}, args.num, copies=2)
+        array = dict(shape=[args.num, size, size, 3], dtype="uint8")
+        lock = ef.start_folder(folder, "protocol.json", protocol, {"images": array}, args.num, copies=2)
     barrier()
 
     done = np.load(folder / "progress.npy", mmap_mode="r")
@@ -601,7 +584,7 @@ def sample_images(args):
     bar = tqdm(total=args.num, initial=int(done.sum()), unit="img", disable=rank > 0, mininterval=pause)
     for batch in batches:
         y = choose_labels(args.labels, batch, classes, args.seed)
-        control = choose_control(args.control, checkpoint["control"], y, batch, args.seed)
+        control = choose_control(args.control, checkpoint.get("control"), y, batch, args.seed)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             latents = generate(model, batch, y, args.sampler, args.steps, args.seed, control, **guidance)
         images.write(batch.start, decode(latents, autoencoder, data, batch))
@@ -617,7 +600,7 @@ def sample_images(args):
     pixels = np.load(folder / "images.npy", mmap_mode="r")
     if args.grid:
         by_class = args.labels == "balanced" and classes <= 20
-        save_grid(pixels, args.grid, columns=classes if by_class else math.isqrt(args.num))
+        save_grid(pixels, args.grid, classes if by_class else math.isqrt(args.num))
     if args.out:
         labels = choose_labels(args.labels, range(args.num), classes, args.seed).numpy()
         content = dict(arr_0=pixels, arr_1=labels, protocol=np.array(json.dumps(protocol)))
