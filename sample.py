@@ -108,7 +108,8 @@ def guided(model, y, scale=1.0, interval=None, guide=None, control=None, control
     """model(x, t, y) -> a function of (x, t), with guidance at the noise levels of the inclusive interval.
 
     v = w + scale (v(y, c) - w) for classes y [N] and control c [N, 7]; w = v(null, c) (classifier-free), or
-    that of a second network, w = guide(y, c) (autoguidance, arXiv 2406.02507). With a scale for the control (arXiv 2411.03177), 0 for null class or no control:
+    that of a second network, w = guide(y, c) (autoguidance, arXiv 2406.02507). With a scale for the control
+    as well (arXiv 2411.03177), and 0 for null class or no control:
         v = v(0, 0) + scale (v(y, 0) - v(0, 0)) + scale control_scale (v(y, c) - v(y, 0))
     EDM's denoiser is affine in F, so guiding F guides it.
     paper: its guidance formula was not read / here: reconstructed from the two scales that it names.
