@@ -107,9 +107,9 @@ def edm_denoiser(network):
 def guided(model, y, scale=1.0, interval=None, guide=None, control=None, control_scale=None):
     """model(x, t, y) -> a function of (x, t), with guidance at the noise levels of the inclusive interval.
 
-    v = w + scale (v(y, c) - w) for classes y [N] and control c [N, 7]. Here w is v(null, c) (classifier-free)
-    or g(y, c) of a second network `guide` (autoguidance, arXiv 2406.02507).
-    With a scale for the control as well (arXiv 2411.03177), 0 for null class or no control:
+    v = w + scale (v(y, c) - w) for classes y [N] and control c [N, 7]; w = v(null, c) (classifier-free), or
+    that of a second network, w = guide(y, c) (autoguidance, arXiv 2406.02507). With a scale for the control
+    as well (arXiv 2411.03177), and 0 for null class or no control:
         v = v(0, 0) + scale (v(y, 0) - v(0, 0)) + scale control_scale (v(y, c) - v(y, 0))
     EDM's denoiser is affine in F, so guiding F guides it.
     paper: its guidance formula was not read / here: reconstructed from the two scales that it names.
@@ -179,8 +179,6 @@ def from_official(file, official=None):
     t -> 1 - t, a rotation of every pair cos(t f), sin(t f).
     """
     state = file.get("ema", file)
-    if "x_embedder.proj.weight" not in state:
-        raise ValueError("neither a checkpoint of these training scripts nor of REPA, SiT or DiT")
     weights = {name: value.float() for name, value in state.items() if not name.startswith("projectors.")}
     shallow = sum(name.startswith("blocks.") and "qkv.weight" in name for name in weights)
     for name in [name for name in weights if name.startswith("decoder_blocks.")]:
@@ -259,8 +257,8 @@ def checkpoint_file(path):
 def read_checkpoint(path, resume=False, official=None, noise=False):
     """The dict of a checkpoint or a run folder's last.pt, on the CPU; official files take the same form.
 
-    resume: prove also what only training needs. official: see from_official. noise: accept NoiseDiT, which
-    cannot be trained here. ValueError, naming the file, if it is missing, damaged or another thing.
+    resume: it must have a step. official: see from_official. noise: accept NoiseDiT, which cannot be trained
+    here. ValueError, naming the file, if it is missing, damaged or another thing.
     """
     path = checkpoint_file(path)
     if not os.path.isfile(path):
@@ -291,6 +289,8 @@ def read_run(folder, args, data, may_change):
     args: the flags of the command, data: the meta.json of its cache; flags in `may_change` may differ.
     """
     path = Path(folder) / "last.pt"
+    if Path(folder).is_file():
+        raise ValueError(f"--out {folder}: is a file; choose a folder")
     if not path.exists():
         ours = {"run.json", "log.jsonl", "last.pt.tmp", "run.json.tmp", "log.jsonl.tmp"}
         found = {file.name for file in Path(folder).iterdir()} if Path(folder).is_dir() else set()
@@ -383,14 +383,15 @@ def choose_labels(labels, indices, num_classes, seed):
 def choose_control(control, table, y, indices, seed):
     """Control rows [n, 7] of the images `indices` with classes y [n]; None for "none" or without a table.
 
-    "empirical": a random row of the image's class in `table` [classes, rows, 7]; or one row for all.
+    "empirical": a random row of the image's class in `table` [classes, rows, 7]; "fixed": a sharp whole image
+    of 512 x 512 pixels, our choice; or seven numbers h0, w0, top, left, h, w, flip.
     """
     if control == "none" or table is None:
         return None
     if control == "empirical":
         draws = [np.random.default_rng([seed, int(i), 2]).integers(table.shape[1]) for i in indices]
         return table[y, torch.tensor(draws)]
-    return torch.tensor(control).expand(len(y), -1)
+    return torch.tensor([512, 512, 0, 0, 512, 512, 0] if control == "fixed" else control).expand(len(y), -1)
 
 
 def choose_sampler(model, sampler=None, steps=None):
@@ -469,11 +470,10 @@ def preview(model, features, autoencoder, path, seed=0):
 
 # ---- Command line
 def control_row(text):
-    """An argparse type: empirical, none, fixed (a whole image of 512 x 512, our choice), or seven numbers."""
-    if text in ("empirical", "none"):
+    """An argparse type: empirical, fixed, none, or the seven numbers of a box inside its image."""
+    if text in ("empirical", "fixed", "none"):
         return text
-    numbers = "512,512,0,0,512,512,0" if text == "fixed" else text
-    h0, w0, top, left, h, w, flip, *more = [number(int, 0, 10**6)(x) for x in numbers.split(",")] + 7 * [-1]
+    h0, w0, top, left, h, w, flip, *more = [number(int, 0, 10**6)(x) for x in text.split(",")] + 7 * [-1]
     if more != 7 * [-1] or min(h, w) < 1 or top + h > h0 or left + w > w0 or flip > 1:
         expected = "empirical, fixed, none, or a box h0,w0,top,left,h,w,flip"
         raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
@@ -523,15 +523,15 @@ def prepare(args, device):
     if args.out and args.out.exists():
         raise ValueError(f"--out {args.out} exists; delete it or choose another name")
     if args.grid and (not args.grid.parent.is_dir() or args.grid.is_dir()):
-        raise ValueError(f"--grid {args.grid}: name a file in an existing folder")
+        raise ValueError(f"--grid {args.grid}: no such folder, or no name of a file")
     model, checkpoint = load_model(args.checkpoint, args.weights, device, args.official)
     config, data, guide = checkpoint["config"], checkpoint["data"], None
     if args.guide:
         guide, theirs = load_model(args.guide, args.weights, device, args.official)
-        alike = all(theirs["config"][x] == config[x] for x in ("input_size", "in_channels", "num_classes"))
-        if not alike or any(isinstance(model, x) != isinstance(guide, x) for x in (dit.SDDiT, NoiseDiT)):
-            needs = "a guide needs the same latents, classes and loss"
-            raise ValueError(f"--guide {args.guide}: the other kind of model; {needs}")
+        same = all(theirs["config"][x] == config[x] for x in ("input_size", "in_channels", "num_classes"))
+        if not same or any(isinstance(model, x) != isinstance(guide, x) for x in (dit.SDDiT, NoiseDiT)):
+            needs = "the other kind of model; a guide needs the same latents, classes and loss"
+            raise ValueError(f"--guide {args.guide}: {needs}")
     args.sampler, times = choose_sampler(model, args.sampler, args.steps)
     args.steps, args.vae = len(times) - 1, args.vae or data["vae"]
     if args.labels not in ("random", "balanced"):
@@ -541,7 +541,7 @@ def prepare(args, device):
             raise ValueError(f"--labels {unknown[0]}: no class, and not one of 0 to {model.num_classes - 1}")
         args.labels = [known[name] for name in args.labels.split(",")]
     if model.control_embedder is None:
-        if isinstance(args.control, list):
+        if args.control not in ("empirical", "none"):
             raise ValueError(f"--control {args.control}: the model was trained without --control")
         args.control = "none"
     apart = args.control_cfg is not None
@@ -572,14 +572,13 @@ def sample_images(args):
     target = args.out or args.grid
     folder = target.with_name(target.name + ".partial")
     if rank == 0:
-        names = "sampler steps cfg interval control control_cfg labels seed weights official vae".split()
-        protocol = {name: getattr(args, name) for name in names} | dict(count=args.num, rounding="nearest")
+        apart = ("out", "grid", "batch_size", "compile")  # the images do not depend on these
+        protocol = {key: value for key, value in vars(args).items() if key not in apart}
         protocol |= dict(checkpoint=file_hash(args.checkpoint), guide=args.guide and file_hash(args.guide))
-        protocol |= dict(train_step=checkpoint["step"], ema=checkpoint["args"].get("ema"))
-        first = choose_sampler(model, args.sampler, args.steps)[1][0].item()
-        protocol |= dict(first_noise_level=round(first, 4), precision=f"{args.precision}, state fp64")
-        images = dict(shape=[args.num, size, size, 3], dtype="uint8")
-        lock = ef.start_folder(folder, "protocol.json", protocol, {"images": images}, args.num, copies=2)
+        protocol |= dict(train_step=checkpoint["step"], ema=checkpoint["args"].get("ema"), rounding="nearest")
+        protocol["first_noise_level"] = choose_sampler(model, args.sampler, args.steps)[1][0].item()
+        array = dict(shape=[args.num, size, size, 3], dtype="uint8")
+        lock = ef.start_folder(folder, "protocol.json", protocol, {"images": array}, args.num, copies=2)
     barrier()
 
     done = np.load(folder / "progress.npy", mmap_mode="r")
@@ -624,10 +623,12 @@ def file_hash(path):
 
 
 def main(argv=None):
+    args = parse_args(argv)
     try:
-        sample_images(parse_args(argv))
+        sample_images(args)
     except (ValueError, OSError) as error:
-        sys.exit(f"sample.py: {error}")
+        where = "" if getattr(error, "filename", True) else f"{args.out or args.grid}: "  # of a full disk
+        sys.exit(f"sample.py: {where}{error}")
 
 
 if __name__ == "__main__":

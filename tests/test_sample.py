@@ -4,6 +4,7 @@ import json
 import os
 import re
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 
 import dit
 import sample
-from extract_features import ArrayFile, CachedFeatures
+from extract_features import CachedFeatures, load_autoencoder
 
 
 @pytest.fixture(scope="module")
@@ -341,14 +342,13 @@ def test_killed_sampling_continues(checkpoint, tmp_path, monkeypatch):
 
 def test_a_run_folder_and_class_names(checkpoint, tmp_path):
     content = torch.load(checkpoint, weights_only=True)
-    content["data"]["classes"] = ["cat", "1", "hot dog, mustard"]
+    content["data"]["classes"] = ["cat", "2", "hot dog, mustard"]
     torch.save(content, tmp_path / "last.pt")
     options = [str(tmp_path), "--num", "5", "--steps", "1", "--out"]
-    sample.main([*options, str(tmp_path / "a.npz"), "--labels", "cat,1,2"])
+    sample.main([*options, str(tmp_path / "a.npz"), "--labels", "cat,1,2"])  # a name counts before an index
     _, labels, protocol = load(tmp_path / "a.npz")
-    assert labels.tolist() == [0, 1, 2, 0, 1] and protocol["labels"] == [0, 1, 2]
+    assert labels.tolist() == [0, 1, 1, 0, 1] and protocol["labels"] == [0, 1, 1]
     assert protocol["checkpoint"] == sample.file_hash(tmp_path / "last.pt")
-    assert sample.class_indices("2,0", ["1", "2", "0"]) == [1, 2], "a name counts before an index"
 
 
 def test_precision_and_compile(checkpoint, tmp_path, monkeypatch):
@@ -366,7 +366,7 @@ def test_precision_and_compile(checkpoint, tmp_path, monkeypatch):
         out = str(tmp_path / f"{name}.npz")
         sample.main([str(checkpoint), "--num", "3", "--steps", "3", "--out", out, *options])
         images[name], _, protocol = load(tmp_path / f"{name}.npz")
-        assert protocol["precision"] == f"{name if name == 'bf16' else 'fp32'}, state fp64"
+        assert protocol["precision"] == (name if name == "bf16" else "fp32")
     assert compiled == ["DiTBlock"] * 2 and np.array_equal(images["fp32"], images["compiled"])
     assert 0 < np.abs(images["fp32"].astype(int) - images["bf16"]).mean() < 30
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -397,13 +397,13 @@ def damaged(checkpoint, tmp_path, change, **options):
 
 HUGE = 10**9
 DAMAGE = {
-    "empty": (lambda c: {key: {} for key in c}, "step"),
+    "empty": (lambda c: {key: {} for key in c}, ""),
     "no step": (lambda c: c.__delitem__("step"), "step"),
     "step": (lambda c: c.update(step=-1), "step"),
     "step text": (lambda c: c.update(step="7"), "step"),
     "args": (lambda c: c.update(args=[]), "args"),
     "model": (lambda c: c.update(model={}), "model|state_dict"),
-    "ema list": (lambda c: c.update(ema=[1]), "ema"),
+    "ema list": (lambda c: c.update(ema=[1]), ""),
     "no ema": (lambda c: c.update(ema={}), ""),
     "a list": (lambda c: [c], ""),
     "a tensor": (lambda c: torch.zeros(3), ""),
@@ -412,20 +412,21 @@ DAMAGE = {
     "no arch": (lambda c: c["config"].__delitem__("arch"), "arch"),
     "depth": (lambda c: c["config"].update(depth=3), "blocks.2"),
     "depth text": (lambda c: c["config"].update(depth="3"), ""),
-    "huge depth": (lambda c: c["config"].update(depth=HUGE), f"depth {HUGE}"),
-    "huge width": (lambda c: c["config"].update(hidden_size=HUGE), f"hidden_size {HUGE}"),
-    "huge side": (lambda c: c["config"].update(input_size=HUGE), f"input_size {HUGE}"),
-    "large side": (lambda c: c["config"].update(input_size=512), "input_size 512"),
+    "huge depth": (lambda c: c["config"].update(depth=HUGE), f"depth.: {HUGE}"),
+    "huge width": (lambda c: c["config"].update(hidden_size=HUGE), f"hidden_size.: {HUGE}"),
+    "huge side": (lambda c: c["config"].update(input_size=HUGE), f"input_size.: {HUGE}"),
+    "large side": (lambda c: c["config"].update(input_size=512), "input_size.: 512"),
     "zero patch": (lambda c: c["config"].update(patch_size=0), ""),
-    "huge classes": (lambda c: c["config"].update(num_classes=HUGE), f"num_classes {HUGE}"),
-    "negative depth": (lambda c: c["config"].update(depth=-1), "blocks.0"),
+    "huge classes": (lambda c: c["config"].update(num_classes=HUGE), f"num_classes.: {HUGE}"),
+    "negative depth": (lambda c: c["config"].update(depth=-1), "depth.: -1"),
     "one more class": (lambda c: c["config"].update(num_classes=4), "y_embedder"),
     "a missing weight": (lambda c: c["ema"].__delitem__("pos_embed"), "pos_embed"),
     "another shape": (lambda c: c["model"].update({"pos_embed": torch.zeros(1, 16, 4)}), "pos_embed"),
     "a word as weight": (lambda c: c["model"].update({"pos_embed": "x"}), "pos_embed"),
-    "NaN": (lambda c: c["ema"]["pos_embed"][0, 3].__setitem__(5, torch.nan), "ema: pos_embed"),
-    "inf": (lambda c: c["model"]["pos_embed"][0, 3].__setitem__(5, torch.inf), "model: pos_embed"),
-    "no bytes": (lambda c: c["ema"].update(pos_embed=torch.zeros(1).expand(1, 16, 128)), "ema: pos_embed"),
+    "NaN": (lambda c: c["ema"]["pos_embed"][0, 3].__setitem__(5, torch.nan), "ema is not finite"),
+    "inf": (lambda c: c["model"]["pos_embed"][0, 3].__setitem__(5, torch.inf), "model is not finite"),
+    "complex": (lambda c: c["ema"].update(pos_embed=torch.zeros(1, 16, 128) * 1j), "ema"),
+    "negative": (lambda c: c["config"].update(num_heads=-4), "num_heads.: -4"),
     "no classes": (lambda c: c["data"].__delitem__("classes"), "classes"),
     "classes": (lambda c: c["data"].update(classes=["a", "b"]), "classes"),
     "classes numbers": (lambda c: c["data"].update(classes=[0, 1, 2]), "classes"),
@@ -444,12 +445,19 @@ def test_damaged_checkpoint(checkpoint, tmp_path, name):
     assert re.search(reason, damaged(checkpoint, tmp_path, change).split("bad.pt: ")[1])
 
 
-@pytest.mark.parametrize("key", ["opt", "heads"])
-def test_resume_needs_more_than_sampling(checkpoint, tmp_path, key):
-    message = damaged(checkpoint, tmp_path, lambda content: content.__delitem__(key), resume=True)
-    assert key in message
+@pytest.mark.parametrize("key", ["opt", "heads", "step"])
+def test_resuming_needs_more_than_sampling(checkpoint, tmp_path, key):
+    assert key in damaged(checkpoint, tmp_path, lambda content: content.update({key: None}), resume=True)
     sample.read_checkpoint(tmp_path / "bad.pt")
     sample.read_checkpoint(checkpoint, resume=True)
+
+
+def test_an_optimiser_of_another_run(checkpoint):
+    content = sample.read_checkpoint(checkpoint, resume=True)
+    model = dit.build(content["config"])
+    objective = torch.nn.ModuleDict({"model": model})
+    with pytest.raises(ValueError, match="does not fit this run .*param_groups"):
+        sample.restore(content, objective, model, torch.optim.AdamW(model.parameters()))
 
 
 def test_files_that_are_no_checkpoints(checkpoint, tmp_path):
@@ -508,7 +516,7 @@ def test_full_disk(checkpoint, tmp_path, monkeypatch):
     options = [str(checkpoint), "--num", "4", "--steps", "1", "--batch-size", "2", "--out"]
     with pytest.raises(SystemExit, match="sample.py: .*/dev/full"):
         sample.main([*options, "/dev/full/x.npz"])
-    for owner, name in ((ArrayFile, "write"), (np, "savez")):
+    for owner, name in ((os, "fsync"), (np, "savez")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, full)
             with pytest.raises(SystemExit, match="a.npz.*No space left"):
@@ -551,8 +559,8 @@ def test_one_rank_that_fails_ends_all(poisoned, tmp_path):
 
 def test_a_preview_that_is_not_finite_does_not_end_a_run(poisoned, tmp_path, capsys):
     model, checkpoint = sample.load_model(poisoned)
-    autoencoder = sample.load_autoencoder("none")
-    sample.preview(model, checkpoint["data"], autoencoder, tmp_path / "picture.png")
+    features = SimpleNamespace(meta=checkpoint["data"], control_table=None)
+    sample.preview(model, features, load_autoencoder("none"), tmp_path / "picture.png")
     assert "picture.png: 4 of 12 images are not finite: 2, 5, 8, 11" in capsys.readouterr().err
     assert not (tmp_path / "picture.png").exists()
 
@@ -585,10 +593,69 @@ def test_bad_input(checkpoint, tmp_path):
     assert "--interval 0.7 0: " in complain(checkpoint, "--cfg", "2", "--interval", "0.7", "0")
     assert "--interval has no effect without --cfg" in complain(checkpoint, "--interval", "0", "0.7")
     assert "--guide has no effect without --cfg" in complain(checkpoint, "--guide", checkpoint)
-    assert "--control-cfg 1: " in complain(checkpoint, "--control-cfg", "1", "--control", "none")
+    assert "--control-cfg: needs" in complain(checkpoint, "--control-cfg", "1")
+    row = "8,8,0,0,8,8,0"
+    assert "the model was trained without --control" in complain(checkpoint, "--control", row)
     assert "--control fixed: the model was trained without" in complain(checkpoint, "--control", "fixed")
-    assert "the model was trained without --control" in complain(checkpoint, "--control-cfg", "1")
-    for box in ("big", "8,8,0,0,8", "8,8,0,4,8,8,0", "8,8,0,0,8,8,2", f"8,{10**30},0,0,8,8,0"):
-        assert f"--control: {box}: " in complain(checkpoint, "--control", box)
+    for wrong in ("big", row[2:], f"{10**30},{row[2:]}"):
+        assert f"--control: {wrong[:20]}" in complain(checkpoint, "--control", wrong).replace("'", "")
     with pytest.raises(SystemExit, match="nothing to write"):
         sample.main([str(checkpoint)])
+
+
+# --- the run folder of a training script
+
+
+def start(folder, step, steps=1000, world=1):
+    args = SimpleNamespace(out=str(folder), model="nano/2", steps=steps, batch_size=64, micro_batch=None)
+    args.precision = "fp32"
+    model = dit.DiT(8, 2, 3, 16, 2, 2, num_classes=3)
+    sample.start_run(args, step, world, model).close()
+
+
+def test_a_start_is_described(tmp_path, capsys):
+    start(tmp_path / "run", 0)
+    said = capsys.readouterr().out
+    assert re.fullmatch(r"DiT nano/2, 0\.\dM parameters, 16 tokens; cpu, fp32; "
+                        rf"batch 64 = 1 process x 1 x 64; steps 0 to 1000; {tmp_path}/run\n", said)
+    (tmp_path / "run" / "log.jsonl").write_text('{"step": 5}\n{"step": 9}\n{"step": 1')  # cut by a kill
+    start(tmp_path / "run", 5, steps=5, world=2)
+    said = capsys.readouterr().out
+    assert "batch 64 = 2 processes x 1 x 32; steps 5 to 5" in said and "raise --steps" in said
+    assert (tmp_path / "run" / "log.jsonl").read_text() == '{"step": 5}\n'
+    starts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert [start["step"] for start in starts] == [0, 5] and starts[1]["processes"] == 2
+
+
+DAMAGED_LOGS = ["hello\n", "[1]\n", '{"loss": 1}\n', '{"step": "x"}\n', '{"step": 1\n{"step": 2}\n', b"\xff"]
+
+
+@pytest.mark.parametrize("name, contents", [
+    ("log.jsonl", DAMAGED_LOGS),
+    ("run.json", ["", "hello", "{}x", "7", '{"step": 1}', '["a"]', b"\xff"]),
+])
+def test_a_damaged_run_folder(tmp_path, name, contents):
+    """One line that names the file, which stays; without it the run goes on."""
+    start(tmp_path, 0)
+    for content in contents:
+        content = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{tmp_path}/{name}: damaged .*delete it"):
+            start(tmp_path, 5)
+        assert (tmp_path / name).read_bytes() == content
+    (tmp_path / name).unlink()
+    start(tmp_path, 5)
+
+
+def test_rows_show_what_was_skipped(tmp_path, capsys):
+    bar, path = SimpleNamespace(disable=True, set_postfix_str=lambda text: None), tmp_path / "log.jsonl"
+    row = dict(step=50, loss=0.0, loss_fm=0.5, grad_norm=1.0, img_per_s=700.0, skipped=0)
+    rows = [row, row | dict(skipped=3), row | dict(loss_fm=0.0, grad_norm=0.0, skipped=50)]
+    for row in rows:
+        sample.write_row(path, row, bar)
+    assert capsys.readouterr().out.splitlines() == [
+        "step 50: loss_fm 0.5000, 700 img/s",
+        "step 50: loss_fm 0.5000, 700 img/s, 3 skipped",
+        "step 50: no finite gradient, 700 img/s, 50 skipped",
+    ]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == rows
