@@ -411,12 +411,12 @@ def parse_args(argv=None):
     add("--fp32-distances", action="store_true", help="do not round distances to fp16 (default: as ADM does)")
     args = parser.parse_intermixed_args(argv)
     output, inputs = args.out or args.json, [path.resolve() for path in (*args.paths, args.weights) if path]
-    flag = "--out" if args.out else "--json"
+    flag, size = "--out" if args.out else "--json", args.image_size
     free = output and output.is_file() == output.exists() and os.access(f"{output.parent}/", os.W_OK)
     proper = args.stats and len(args.paths) == 1 and not args.json and args.features == "inception"
     for wrong, message in (
         (args.batch_size < 1, f"--batch-size {args.batch_size} must be above 0"),
-        (args.image_size is not None and not 1 <= args.image_size <= 4096, "--image-size must be 1 to 4096"),
+        (size is not None and not 1 <= size <= 4096, f"--image-size {size} must be above 0, at most 4096"),
         (not args.stats and len(args.paths) < 2, "give REF and SAMPLES, or --stats IMAGES --out REF.npz"),
         (args.stats and not proper, "--stats takes one set of images, no --json, no --features pixels"),
         (args.stats != bool(args.out), "--stats IMAGES and --out REF.npz need each other; see --json, too"),

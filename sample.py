@@ -216,6 +216,9 @@ def from_official(file, official=None):
 
 def prove(checkpoint, resume):
     """Raise something unless all parts of a checkpoint are there, fit each other, and are finite."""
+    for key in ["model", "ema", "config", "data", "args", *(["heads", "opt"] if resume else [])]:
+        if not isinstance(checkpoint.get(key), dict):
+            raise ValueError(f"{key} is missing or of a wrong type")
     config, data, ema = checkpoint["config"], checkpoint["data"], checkpoint["ema"]
     sizes = {key: value for key, value in config.items() if isinstance(value, int)}
     largest = max(side for value in ema.values() for side in value.shape)
@@ -237,7 +240,6 @@ def prove(checkpoint, resume):
     sound = dict(
         step=step >= 0 if isinstance(step, int) else step is None and not resume,
         args=all(isinstance(key, str) and not torch.is_tensor(x) for key, x in checkpoint["args"].items()),
-        opt=not resume or isinstance(checkpoint["opt"], dict),
         vae=isinstance(data["vae"], str),
         image_size=data.get("image_size") in (config["input_size"], 8 * config["input_size"]),
         latent_scale=0 < abs(data["latent_scale"]) < math.inf,
@@ -292,9 +294,10 @@ def read_run(folder, args, data, may_change):
     if Path(folder).is_file():
         raise ValueError(f"--out {folder}: is a file; choose a folder")
     if not path.exists():
-        ours = {"run.json", "log.jsonl", "last.pt.tmp", "run.json.tmp", "log.jsonl.tmp"}
         found = {file.name for file in Path(folder).iterdir()} if Path(folder).is_dir() else set()
-        if foreign := {name for name in found if name[0] != "." and name[-4:] != ".png"} - ours:
+        ours = {"run.json", "log.jsonl", "last.pt.tmp", "log.jsonl.tmp"} if "run.json" in found else set()
+        found = {name for name in found if name[0] != "." and name[-4:] != ".png"}
+        if foreign := found - ours - {"run.json.tmp"}:
             raise ValueError(f"--out {folder} holds other files ({min(foreign)}); choose another --out")
         return None
     checkpoint = read_checkpoint(path, resume=True)
@@ -309,7 +312,7 @@ def read_run(folder, args, data, may_change):
 def restore(checkpoint, objective, ema, optimizer):
     """Load a checkpoint into the objective (model and heads), its averaged model and its optimiser."""
     weights = {f"model.{name}": value for name, value in checkpoint["model"].items()}
-    with ef.reading("the checkpoint does not fit this run", "choose another --out"):
+    with ef.reading("last.pt does not fit this run", "choose another --out"):
         objective.load_state_dict(weights | checkpoint["heads"])
         ema.load_state_dict(checkpoint["ema"])
         optimizer.load_state_dict(checkpoint["opt"])

@@ -725,7 +725,7 @@ def test_no_weights_and_no_network(tmp_path, monkeypatch):
         ("a.npz /dev/full/x", "/dev/full/x: .*Not a directory"),
         ("--stats a.npz", "--out REF.npz"),
         ("--stats a.npz --out ref.npy", "--out .*ref.npy: must end in .npz"),
-        ("--stats a.npz --out a.npz", "a.npz: is an input and an output"),
+        ("--stats a.npz --out a.npz", "a.npz: is an input as well"),
         ("--stats a.npz --out /dev/full/x.npz", "/dev/full/x.npz: cannot be written"),
         ("--stats a.npz --out r.npz --features pixels", "--features pixels"),
         ("--stats a.npz --out r.npz --json x.json", "--stats takes .* no --json"),
@@ -734,7 +734,7 @@ def test_no_weights_and_no_network(tmp_path, monkeypatch):
         ("a.npz a.npz --json missing/x.json", "missing/x.json: cannot be written"),
         ("a.npz a.npz --json .", "[.]: cannot be written"),
         ("a.npz a.npz --json /dev/null", "/dev/null: cannot be written"),
-        ("a.npz a.npz --json a.npz", "a.npz: is an input and an output"),
+        ("a.npz a.npz --json a.npz", "a.npz: is an input as well"),
         ("a.npz a.npz --image-size 8", "crops folders only"),
     ],
 )
