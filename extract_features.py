@@ -109,6 +109,7 @@ def lock_folder(folder):
     """Create the folder and lock it until the result is closed or this process ends. ValueError if locked."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "w")
+    os.register_at_fork(after_in_child=file.close)  # loader processes outlive a killed run by some seconds
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -150,10 +151,13 @@ def start_folder(folder, file, description, arrays, parts, ignore=(), copies=1):
     if size > free:
         raise ValueError(f"{folder}: needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
     write_json(folder / file, description)
-    for name, array in arrays.items():
-        open_memmap(folder / f"{name}.npy", mode="w+", shape=tuple(array["shape"]), dtype=array["dtype"])
-    open_memmap(folder / "progress.tmp", mode="w+", shape=(parts,), dtype=np.uint8)
-    os.replace(folder / "progress.tmp", progress)
+    try:
+        for name, array in (arrays | {"progress.tmp": dict(shape=[parts], dtype="uint8")}).items():
+            path = folder / f"{name}.npy"
+            open_memmap(path, mode="w+", shape=tuple(array["shape"]), dtype=array["dtype"])
+    except OSError as error:
+        raise OSError(f"{path}: {error.strerror}") from None
+    os.replace(path, progress)
     return lock
 
 
