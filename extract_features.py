@@ -109,7 +109,6 @@ def lock_folder(folder):
     """Create the folder and lock it until the result is closed or this process ends. ValueError if locked."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "w")
-    os.register_at_fork(after_in_child=file.close)  # loader processes outlive a killed run by some seconds
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
