@@ -21,9 +21,9 @@ Commands
     Ablations (tables 6 to 8): --no-long-residuals; --div-terms and one name or none; --div-gate 0.2 0.7;
     --div-gate -2 -1 for the constant weight 1; --div-blocks 5
 
-To resume, run the same command again. The lines of the method stand between `# >>> diversedit` and `# <<<
-diversedit`; everything outside is the same text in every train_*.py, so a diff of two scripts shows only
-their methods.
+To resume, run the same command again. The lines of the method stand between `# >>> diversedit` and
+`# <<< diversedit`; everything outside is the same text in every train_*.py, so a diff of two scripts shows
+only their methods.
 
 Shapes in the right margin: N batch, C, H, W latent channels, height, width, T tokens, D width, L blocks.
 """
