@@ -316,7 +316,7 @@ class Images:
     def _open(self, i):
         if self.source.is_dir():
             if not (self.source / self.paths[i]).is_file():
-                raise ValueError("it is no file")
+                raise ValueError("not a file")
             return Image.open(self.source / self.paths[i])
         if self.file is None:  # opened by the process that reads: a position in a file cannot be shared
             archive = zipfile.ZipFile(self.source)
@@ -690,7 +690,7 @@ class CachedFeatures(Dataset):
         if not len(self.rows):
             raise ValueError(f"{path}: none of its images was readable; extract it again")
         if labels.max() >= len(meta["classes"]) or np.flatnonzero(labels < 0).tolist() != meta["skipped"]:
-            raise ValueError(f"{path}/labels.npy: damaged, labels that are no classes; extract it again")
+            raise ValueError(f"{path}/labels.npy: damaged, labels without a class; extract it again")
         for name in set(names) - {"labels"}:
             self.arrays[name] = self.arrays[name].reshape(-1, *self.arrays[name].shape[2:])
 
@@ -707,8 +707,7 @@ class CachedFeatures(Dataset):
         return (mean + std * noise - self.meta["latent_shift"]) * self.meta["latent_scale"]
 
     def spread(self, images):
-        """A batch (see __getitems__) of the first views of about so many images, evenly spread over the
-        classes."""
+        """A batch (see __getitems__): the first views of `images` images, evenly spread over the classes."""
         by_class = np.argsort(self.labels, kind="stable")
         chosen = by_class[np.linspace(0, len(by_class) - 1, min(images, len(by_class))).astype(int)]
         return default_convert(self.__getitems__(chosen * self.views))
@@ -831,20 +830,21 @@ def describe(args, images, autoencoder, encoder):
 
 def parse_args(argv=None):
     parser = Parser(__file__, __doc__)
-    add = parser.add_argument
+    add = parser.add_argument_group("images").add_argument
     add("--data", required=True, help="folder of class folders, .zip of one, or ADM .npz")
     add("--out", required=True, help="folder of the cache")
     add("--image-size", type=number(int, 1, 4096), default=256, help="side of the square images, in pixels")
-    add("--patch", type=number(int, 1), default=2, help="patch size of the models to train")
-    add("--vae", default="stabilityai/sd-vae-ft-mse", help="autoencoder, or none: pixels as latents")
-    add("--encoder", default="vit_base_patch14_dinov2.lvd142m", help="timm ViT, hog, none, or several: A,B")
-    add("--encoder-weights", help="local file for --encoder, or one for each, with commas between")
-    add("--target-dtype", choices=["float16", "int8"], default="float16", help="int8 halves the disk space")
     add("--flip", action="store_true", help="also encode the mirrored image, as a second view")
     add("--crops", type=number(int, 0, 1000), default=0, metavar="K", help="also encode K random squares")
     add("--seed", type=number(int, 0, 2**31 - 1), default=0, help="seed of the random squares")
     add("--limit", type=number(int, 1), help="only this many images, evenly spread over the source")
     add("--skip-bad", action="store_true", help="leave unreadable images out instead of stopping")
+    add = parser.add_argument_group("autoencoder and encoder").add_argument
+    add("--vae", default="stabilityai/sd-vae-ft-mse", help="autoencoder, or none: pixels as latents")
+    add("--patch", type=number(int, 1), default=2, help="patch size of the models to train")
+    add("--encoder", default="vit_base_patch14_dinov2.lvd142m", help="timm ViT, hog, none, or several: A,B")
+    add("--encoder-weights", help="local file for --encoder, or one for each, with commas between")
+    add("--target-dtype", choices=["float16", "int8"], default="float16", help="int8 halves the disk space")
     add("--batch-size", type=number(int, 1, 2**16), default=64, help="images encoded at a time")
     workers = min(4, os.cpu_count())
     add("--workers", type=number(int, 0, 256), default=workers, help="processes that decode images, per rank")
@@ -857,7 +857,7 @@ def run(args, rank, world, device):
     grid, rest = divmod(args.image_size, step := autoencoder.downsampling * args.patch)
     if rest:
         fits = " or ".join(str(step * k) for k in (grid, grid + 1) if k)
-        raise ValueError(f"--image-size {args.image_size} is no multiple of {step}, such as {fits}")
+        raise ValueError(f"--image-size {args.image_size} is not a multiple of {step}; try {fits}")
     encoder = None if args.encoder == "none" else Encoders(args.encoder, grid, args.encoder_weights, device)
     out, meta = Path(args.out), describe(args, images, autoencoder, encoder)
     parts, lock = math.ceil(meta["count"] / meta["chunk"]), contextlib.nullcontext()

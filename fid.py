@@ -236,7 +236,7 @@ class FolderImages:
 
     def __getitem__(self, i):
         if not self.files[i].is_file():
-            fail(f"{self.files[i]}: is no file; remove it")
+            fail(f"{self.files[i]}: not a file; remove it")
         with naming(self.files[i]), Image.open(self.files[i]) as image:  # ADM ignores EXIF orientation
             if max(image.size) >= 200 * min(image.size):  # scaled, it would fill the memory
                 raise ValueError(f"{image.width} x {image.height} pixels")

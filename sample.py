@@ -195,8 +195,8 @@ def from_official(file, official=None):
     else:
         kind = "repa" if weights.keys() != state.keys() else official
     if kind is None or official not in (kind, None):
-        found = f"is of {kind}" if kind else "may be of REPA or of SiT: say --official repa or --official sit"
-        raise ValueError(f"by its keys and shapes the file {found}")
+        either = "REPA or SiT, it does not tell: pass sample.py --official repa or sit; --init cannot take it"
+        raise ValueError(f"by its keys and shapes, a file of {kind or either}")
     for name, value in last.items():
         weights[name] = value[:, 0].flatten(0, 1) * (-1 if kind == "sit" else 1)
     if kind == "sit":
@@ -526,22 +526,21 @@ def prepare(args, device):
     if args.out and args.out.exists():
         raise ValueError(f"--out {args.out} exists; delete it or choose another name")
     if args.grid and (not args.grid.parent.is_dir() or args.grid.is_dir()):
-        raise ValueError(f"--grid {args.grid}: no such folder, or no name of a file")
+        raise ValueError(f"--grid {args.grid}: no such folder, or itself a folder")
     model, checkpoint = load_model(args.checkpoint, args.weights, device, args.official)
     config, data, guide = checkpoint["config"], checkpoint["data"], None
     if args.guide:
         guide, theirs = load_model(args.guide, args.weights, device, args.official)
         same = all(theirs["config"][x] == config[x] for x in ("input_size", "in_channels", "num_classes"))
         if not same or any(isinstance(model, x) != isinstance(guide, x) for x in (dit.SDDiT, NoiseDiT)):
-            needs = "the other kind of model; a guide needs the same latents, classes and loss"
-            raise ValueError(f"--guide {args.guide}: {needs}")
+            raise ValueError(f"--guide {args.guide}: needs the same latents, classes and loss as the model")
     args.sampler, times = choose_sampler(model, args.sampler, args.steps)
     args.steps, args.vae = len(times) - 1, args.vae or data["vae"]
     if args.labels not in ("random", "balanced"):
         known = {str(i): i for i in range(model.num_classes)} | {x: i for i, x in enumerate(data["classes"])}
         unknown = [name for name in args.labels.split(",") if name not in known]
         if unknown:
-            raise ValueError(f"--labels {unknown[0]}: no class, and not one of 0 to {model.num_classes - 1}")
+            raise ValueError(f"--labels {unknown[0]}: no class, and no index up to {model.num_classes - 1}")
         args.labels = [known[name] for name in args.labels.split(",")]
     if model.control_embedder is None:
         if args.control not in ("empirical", "none"):
@@ -553,9 +552,10 @@ def prepare(args, device):
     if (apart or args.cfg > 1) and not guide and not model.y_embedder.dropout_prob:
         raise ValueError(f"--cfg {args.cfg:g}: the model has no null class (no label dropout in training)")
     autoencoder = ef.load_autoencoder(args.vae, device)
-    made = autoencoder.channels, autoencoder.downsampling * config["input_size"]
-    if made != (config["in_channels"], data["image_size"]):
-        raise ValueError(f"--vae {args.vae}: is for {made[0]} channels and makes images of {made[1]} pixels")
+    made, needed = autoencoder.downsampling * config["input_size"], data["image_size"]
+    if (autoencoder.channels, made) != (config["in_channels"], needed):
+        found = f"decodes {autoencoder.channels} channels to {made} pixels"
+        raise ValueError(f"--vae {args.vae}: {found}, not {config['in_channels']} to {needed}")
     if args.compile:
         dit.compile_blocks(torch.nn.ModuleList(filter(None, (model, guide))))
     return model, guide, autoencoder, checkpoint

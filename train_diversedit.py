@@ -25,7 +25,7 @@ To resume, run the same command again. The lines of the method stand between `# 
 `# <<< diversedit`; everything outside is the same text in every train_*.py, so a diff of two scripts shows
 only their methods.
 
-Shapes in the right margin: N batch, C, H, W latent channels, height, width, T tokens, D width, L blocks.
+Shapes in the right margin: N batch, C, H, W of the latents, T tokens, D width, L blocks.
 """
 
 import os

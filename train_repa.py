@@ -17,8 +17,7 @@ Commands
 To resume, run the same command again. The lines of the method stand between `# >>> repa` and `# <<< repa`;
 everything outside is the same text in every train_*.py, so a diff of two scripts shows only their methods.
 
-Shapes in the right margin: N batch, C, H, W latent channels, height, width, T tokens, D width, F target
-width.
+Shapes in the right margin: N batch, C, H, W of the latents, T tokens, D width, F target width.
 """
 
 import os
@@ -108,8 +107,7 @@ def repa_loss(projected, targets):
 
 
 def projector(width, target_width, hidden):
-    """The MLP h from hidden tokens to encoder tokens: three linear layers and SiLU, initialised like the
-    DiT."""
+    """The MLP h from hidden tokens to encoder tokens: three linear layers, SiLU, Xavier weights."""
     linears = [nn.Linear(width, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, target_width)]
     for linear in linears:
         nn.init.xavier_uniform_(linear.weight)
@@ -118,8 +116,7 @@ def projector(width, target_width, hidden):
 
 
 class Alignment(nn.Module):
-    """L_repa of one block's tokens, and the projectors it trains. ValueError if depth or token grid do not
-    fit."""
+    """L_repa of one block's tokens, and its projectors. ValueError if depth or token grid do not fit."""
 
     def __init__(self, model, depth, meta):
         super().__init__()
@@ -141,8 +138,7 @@ class Alignment(nn.Module):
 
 
 def cknna(f, g, k=10):
-    """Alignment of the features f [n, D], g [n, F] of n images, 1 if alike (CKNNA, arXiv 2405.07987): a
-    float.
+    """Alignment of features f [n, D] and g [n, F] of n images, 1 if alike: a float (arXiv 2405.07987).
 
     Centred kernels are correlated over the pairs (i, j) with j among the k nearest neighbours of i in both.
     """
@@ -175,8 +171,7 @@ def report_cknna(model, features, images=256):
 
 
 class Objective(nn.Module):
-    """The model, its training-only heads and the loss in one module: DDP sees every parameter in one
-    forward."""
+    """Model, training-only heads and loss in one module: DDP sees every parameter in one forward."""
 
     def __init__(self, model, args, meta):
         super().__init__()
@@ -185,8 +180,7 @@ class Objective(nn.Module):
         self.alignment = Alignment(model, self.depth, meta) if self.weight > 0 else None
 
     def forward(self, x, y, t, eps, drop, targets=None, control=None):
-        """x, eps [N, C, H, W], y, t, drop [N], targets [N, T, sum of F], control [N, 7] -> named scalar
-        losses."""
+        """x, eps [N, C, H, W], y, t, drop [N], targets [N, T, sum of F], control [N, 7] -> named losses."""
         t = dit.shift_time(t, self.model.time_shift)
         time = t.view(-1, 1, 1, 1)
         x_t = (1 - time) * x + time * eps                                         # (N, C, H, W)

@@ -253,7 +253,7 @@ def test_a_noise_model_guides_and_is_guided(official, vae, tmp_path):
     options = f"{tmp_path}/dit.pt --num 2 --steps 2 --cfg 1.5 --sampler sde --vae {vae}"
     sample.main(f"{options} --guide {tmp_path}/dit.pt --out {tmp_path}/out.npz".split())
     assert np.load(tmp_path / "out.npz")["arr_0"].shape == (2, 64, 64, 3)
-    with pytest.raises(SystemExit, match="--guide .*sit.pt: the other kind of model"):
+    with pytest.raises(SystemExit, match="--guide .*sit.pt: needs the same latents"):
         sample.main(f"{options} --guide {tmp_path}/sit.pt --out {tmp_path}/other.npz".split())
 
 

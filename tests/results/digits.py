@@ -6,9 +6,9 @@
 
 Each row of ROWS is a command that can be pasted; this script adds --seed, --out and --keep-every 250. Every
 snapshot draws 500 samples, fifty per class, from the same noise in all rows. Two judges: `fid.py --features
-pixels` against the 1,797 real digits, and the class of the nearest real digit (one neighbour, pixels: 98.8 %
-right on the real digits, each left out in turn). A run uses one thread, so that its bits do not depend on what
-else the machine does.
+pixels` against the 1,797 real digits, and the class of the nearest real digit in pixels, which is right for
+98.8 % of the real digits, each left out in turn. A run uses one thread, so that its bits do not depend on
+what else the machine does.
 """
 
 import argparse
@@ -140,7 +140,8 @@ def table(results):
                 cells = [(f"{mean:+{form}} ± {half:{form}}", abs(mean) > half) for mean, half in pairs]
                 cells = [f"**{cell}**" if sure else cell for cell, sure in cells]
                 changes.append([f"{name} - {ROWS[baseline][0]}", *cells])
-        text += ["", *markdown([title, *steps], lines), "", *markdown([f"change of {title}", *steps], changes)]
+        text += ["", *markdown([title, *steps], lines)]
+        text += ["", *markdown([f"change of {title}", *steps], changes)]
     lines = []
     for row in rows:
         values = [figures(results, row, STEPS[-1], key) for key in ("precision", "recall", "loss")]
@@ -149,6 +150,16 @@ def table(results):
         lines.append([ROWS[row][0], *cells, f"{seconds:.2f}", f"`{ROWS[row][2]}`"])
     head = [f"step {STEPS[-1]}", "precision", "recall", "denoising loss", "s per step", "command"]
     return "\n".join([*text, "", *markdown(head, lines)])
+
+
+def summary(results, row):
+    """The README's cells: accuracy at the second and the last step, then FD."""
+    cells = []
+    for key, scale, form in (("accuracy", 100, ".0f"), ("fd", 1, ".2f")):
+        for step in (STEPS[1], STEPS[-1]):
+            values = scale * figures(results, row, step, key)
+            cells.append(f"{values.mean():{form}} ± {values.std(ddof=1):{form}}")
+    return cells
 
 
 def draw_curves(results, path):

@@ -1,0 +1,100 @@
+"""The committed figures of the digits: complete, the same in table, README and logs, and judged soundly."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import zipfile
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from scipy.stats import ttest_rel
+
+import extract_features
+
+PAGES = ROOT / "tests" / "results"
+SPEC = importlib.util.spec_from_file_location("digits", PAGES / "digits.py")
+digits = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(digits)
+RESULTS = json.loads((PAGES / "digits.json").read_text())
+README = (ROOT / "README.md").read_text()
+
+
+def test_figures_are_complete():
+    found = {(result["row"], result["seed"]) for result in RESULTS}
+    assert found == {(row, seed) for row in digits.ROWS for seed in digits.SEEDS}
+    for result in RESULTS:
+        assert [point["step"] for point in result["points"]] == list(digits.STEPS)
+        assert all(0 <= point[key] <= 1 for point in result["points"] for key in ("accuracy", "recall"))
+
+
+def test_the_tables_hold_the_figures():
+    assert digits.table(RESULTS) in (PAGES / "digits.md").read_text()
+    commands = {row: command.replace(" --digits", "") for row, (_, _, command) in digits.ROWS.items()}
+    rows = [row for row, command in commands.items() if f"`{command}`" in README]
+    assert len(rows) >= 5
+    for row in rows:
+        command = digits.ROWS[row][2].replace(" --digits", "")
+        (line,) = re.findall(rf"^\\| .*\\| `{re.escape(command)}` \\|.*$", README, re.M)
+        assert line.endswith(" | ".join(["", *digits.summary(RESULTS, row), ""]).rstrip()), row
+
+
+def test_the_logs_hold_the_losses():
+    with zipfile.ZipFile(PAGES / "digits-logs.zip") as logs:
+        for result in RESULTS:
+            log = logs.read(f"{result['row']}-{result['seed']}.jsonl").decode().splitlines()
+            rows = {row["step"]: row for row in map(json.loads, log)}
+            for point in result["points"]:
+                row = rows[point["step"]]
+                assert point["loss"] == row.get("loss_fm", row.get("loss_edm"))
+
+
+def test_the_judge_finds_the_nearest_digit():
+    rng = np.random.default_rng(0)
+    real, images = (rng.integers(0, 256, (n, 8, 8, 3), dtype=np.uint8) for n in (30, 7))
+    labels = rng.integers(0, 10, 30)
+    for image, found in zip(images, digits.nearest_class(images, real, labels), strict=True):
+        distances = [((image.astype(int) - other.astype(int)) ** 2).sum() for other in real]
+        assert found == labels[int(np.argmin(distances))]
+
+
+def test_paired_differences():
+    ours, theirs = np.random.default_rng(1).normal(size=(2, 5))
+    interval = ttest_rel(ours, theirs).confidence_interval(0.95)
+    mean, half = digits.paired(ours, theirs)
+    assert (mean - half, mean + half) == pytest.approx((interval.low, interval.high), rel=1e-9)
+
+
+def test_the_readme_shows_the_diff():
+    scripts = "train_repa.py", "train_diversedit.py"
+    diff = subprocess.run(["diff", *scripts], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    shown = "\n".join(f"    {line}".rstrip() for line in diff[:15])
+    assert shown in README
+
+
+def test_a_row_runs_and_is_resumed(tmp_path, monkeypatch):
+    """Two steps of two rows, judged: the figures are there, and a second start trains nothing."""
+    flags = "--digits --steps 2 --batch-size 16 --log-every 1 --lr 0.02"
+    monkeypatch.setattr(digits, "STEPS", (1, 2))
+    monkeypatch.setattr(digits, "SAMPLES", 20)
+    rows = {"a": ("A", None, f"train_repa.py {flags} --repa-weight 0")}
+    rows["b"] = "B", "a", f"train_repa.py {flags}"
+    monkeypatch.setattr(digits, "ROWS", rows)
+    extract_features.extract_digits(tmp_path / "digits")
+    results = []
+    for row in rows:
+        for seed in (0, 1):
+            folder = tmp_path / f"{row}-{seed}"
+            digits.run((row, seed, folder))
+            before = (folder / "last.pt").stat().st_mtime_ns
+            digits.run((row, seed, folder))
+            assert (folder / "last.pt").stat().st_mtime_ns == before
+            results.append(json.loads((folder / "result.json").read_text()))
+    assert [point["step"] for point in results[0]["points"]] == [1, 2]
+    assert results[0]["points"][1]["fd"] > results[0]["floor"] > 0
+    assert results[0]["points"] != results[1]["points"]
+    text = digits.table(results)
+    assert "B - A" in text and text.count("| A |") == 3
+    digits.draw_samples(tmp_path, 0, tmp_path / "samples.png")
+    assert (tmp_path / "samples.png").stat().st_size > 1000
