@@ -123,8 +123,9 @@ def start_folder(folder, file, description, arrays, parts, ignore=(), copies=1):
     """Create a folder of empty arrays to be filled part by part, or check the one that is there.
 
     folder/file: `description` as JSON; arrays: name -> dict(shape, dtype); progress.npy: a flag for each of
-    `parts`, made last. ignore: keys of the description that may differ. copies: how often the disk must hold
-    all. Returns the folder's lock. ValueError if the folder is foreign or damaged, or the disk too small.
+    `parts`, made last. ignore: keys of the description that may differ. copies: for how many of them the
+    disk must have room. Returns the folder's lock. ValueError if the folder is foreign or damaged, or the
+    disk too small.
     """
     if folder.exists() and not (folder / file).exists():
         foreign = {path.name for path in folder.iterdir()} - {".lock", f"{file}.tmp"}
@@ -136,7 +137,8 @@ def start_folder(folder, file, description, arrays, parts, ignore=(), copies=1):
         for key in description:
             if key not in ignore and found.get(key) != description[key]:
                 here = f"{key} is {found.get(key)!r:.80} there, {description[key]!r:.80} here"
-                raise ValueError(f"{folder} holds the work of another command: {here}; choose another --out")
+                remedy = "delete it or choose another name"
+                raise ValueError(f"{folder} holds the work of another command: {here}; {remedy}")
         if progress.exists():
             for name, array in arrays.items():
                 open_array(folder / f"{name}.npy", **array)
@@ -290,7 +292,8 @@ class Images:
         names = [name.removeprefix(self.prefix) for name in names if name.startswith(self.prefix)]
         self.paths = [name.removeprefix(self.prefix) for name in images]
         if loose := [name for name in self.paths if "/" not in name]:
-            raise ValueError(f"--data {self.source}: {loose[0]} lies outside the class folders; move it")
+            remedy = "put it into one"
+            raise ValueError(f"--data {self.source}: {loose[0]} lies outside the class folders; {remedy}")
         folders = [name.split("/")[0] for name in self.paths]
         self.classes = sorted(set(folders))
         empty = sorted({name.split("/")[0] for name in names if "/" in name}.difference(folders))
@@ -694,12 +697,13 @@ class CachedFeatures(Dataset):
         for name in set(names) - {"labels"}:
             self.arrays[name] = self.arrays[name].reshape(-1, *self.arrays[name].shape[2:])
 
-    @property
-    def model_options(self):
-        """What a model must know of the cache: input_size, in_channels, num_classes."""
-        meta = self.meta
-        shape = dict(input_size=meta["latent_side"], in_channels=meta["latent_channels"])
-        return shape | dict(num_classes=len(meta["classes"]))
+    def model_options(self, patch):
+        """input_size, in_channels, num_classes of a model. ValueError if its tokens are not the targets'."""
+        meta, side, grid = self.meta, self.meta["latent_side"], self.meta["grid"]
+        if "targets" in self.arrays and grid * patch != side:
+            remedy = f"train with --model SIZE/{side // grid}, or extract with --patch {patch}"
+            raise ValueError(f"the cache has {grid}x{grid} targets, the model has patch {patch}: {remedy}")
+        return dict(input_size=side, in_channels=meta["latent_channels"], num_classes=len(meta["classes"]))
 
     def latents(self, moments, noise=0):
         """Moments [N, 2C, h, w], noise [N, C, h, w] or 0 for the mean -> latents as the model sees them."""
@@ -901,4 +905,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("extract_features.py: interrupted; run the same command again to go on")

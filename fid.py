@@ -3,7 +3,7 @@
     python fid.py VIRTUAL_imagenet256_labeled.npz samples.npz           # the five numbers of the papers
     python fid.py REF A.npz B.npz C.npz                                 # several sets of samples, a row each
     python fid.py --stats imagenet/val --image-size 256 --out val.npz   # make a reference of your own images
-    python fid.py digits.npz samples.npz --features pixels              # no weights: a sanity figure only
+    python fid.py tests/digits.npz samples.npz --features pixels        # no weights: a sanity figure only
     torchrun --nproc_per_node=8 fid.py REF SAMPLES                      # features on 8 GPUs
 
 REF and SAMPLES are an .npz (`arr_0`) or an .npy, uint8 [N, H, W, 3], or a folder of images. Where an .npz
@@ -256,8 +256,8 @@ def center_crop(image, size):
 
 def open_side(path, args):
     """One side of a comparison: its images, if any, and `stored`: (mu, sigma) and (mu_s, sigma_s), if any."""
-    if path.exists() and not path.is_dir() and not path.is_file():
-        fail(f"{path}: is neither a file nor a folder")
+    if not path.is_dir() and not path.is_file():
+        fail(f"{path}: no such file or folder")
     side = FolderImages(path, args.image_size) if path.is_dir() else ArrayImages(path)
     side.stored, side.features = [], []
     widths = InceptionV3.widths if args.features == "inception" and not args.stats else ()
@@ -380,9 +380,10 @@ def report(sides, model, weights, args, world):
     for side in sides:
         n, labels = side.shape[0], side.extra.get("arr_1", np.zeros(0))
         labelled = side in sets and labels.shape == (n,) and labels.dtype.kind in "iu"
+        few = n < 50_000 and args.features == "inception"
         ascending = labelled and len(np.unique(labels)) > 1 and (labels == np.sort(labels)).all()
         for wrong, message in (
-            (not side.stored and n < 50_000, f"{n} images; the fewer, the higher is FID; papers use 50,000"),
+            (few and not side.stored, f"{n} images; the fewer, the higher is FID; papers use 50,000"),
             (len(side.stored) == 1, "no mu_s and sigma_s, which sFID needs; --stats writes them"),
             (ascending, "sorted by class, which makes the Inception Score far too low"),
         ):

@@ -1,6 +1,6 @@
 """Checkpoint -> images: samplers, guidance, and an ADM .npz for `fid.py` or a PNG grid to look at.
 
-    python sample.py runs/digits --num 100 --labels balanced --grid digits.png
+    python sample.py runs/repa-digits --num 100 --labels balanced --grid digits.png
     torchrun --nproc_per_node=8 sample.py runs/repa --num-images 50000 --sampler sde --steps 250 --cfg 1.8 \\
         --interval 0 0.7 --out samples.npz
 
@@ -617,7 +617,8 @@ def sample_images(args):
         ef.replace_file(args.out, lambda file: np.savez(file, **content))
     shutil.rmtree(folder)
     lock.close()
-    print(", ".join(f"{key} {value}" for key, value in protocol.items()))
+    written = " and ".join(str(path) for path in (args.out, args.grid) if path)
+    print(f"{written}:", ", ".join(f"{key} {value}" for key, value in protocol.items()))
 
 
 def file_hash(path):
@@ -635,4 +636,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("sample.py: interrupted; run the same command again to go on")

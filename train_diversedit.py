@@ -72,7 +72,7 @@ def parse_args(argv=None):
     add("--workers", type=number(int, 0, 256), help="loader processes (default: 4 for targets, else 0)")
     add("--log-every", type=number(int, 1), default=50, help="steps between rows of log.jsonl")
     add("--sample-every", type=number(int, 0), default=10_000, help="steps between pictures, 0 for none")
-    add("--save-every", type=number(int, 1), default=5_000, help="steps between saves of last.pt")
+    add("--save-every", type=number(int, 1), default=5_000, help="steps between saves; a picture saves, too")
     add("--keep-every", type=number(int, 1), default=50_000, help="steps between snapshots STEP.pt")
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=number(int, 1), default=400_000, help="optimiser steps")
@@ -89,13 +89,13 @@ def parse_args(argv=None):
     add = parser.add_argument_group("model and conditioning (arXiv 2411.03177)").add_argument
     add("--model", default="XL/2", help=f"SIZE/PATCH, SIZE one of {', '.join(dit.SIZES)}")
     add("--qk-norm", action="store_true", help="LayerNorm on queries and keys")
-    add("--control", choices=["none", "constant", "cosine"], default="none", help="on size, crop and flip")
+    add("--control", choices=["none", "constant", "cosine"], default="none", help="of size, crop and flip")
     add("--control-alpha", type=number(float, above=0), default=1.0, help="exponent of the cosine weight")
     add("--control-drop", type=number(float, 0, 1), default=0.1, help="share of images without control")
     add("--class-tokens", type=number(int, 0, 1024), default=0, help="feed the class as K extra tokens")
     add("--init", metavar="CKPT", help="start from the EMA weights of this checkpoint where they fit")
-    add("--pos-base", type=number(int, 1, 10**4), help="grid of the positions (default: by --init, or own)")
-    add("--time-shift", type=number(float, above=0), help="s of dit.shift_time (default: 1, or by --init)")
+    add("--pos-base", type=number(int, 1, 10**4), help="side of the grid of positions (default: by --init)")
+    add("--time-shift", type=number(float, above=0), help="over 1: more noise (default: 1, or by --init)")
     digits = dict(data="features/digits", out=f"runs/{NAME}-digits", model="nano/2", steps=1000)
     digits |= dict(batch_size=64, lr=2e-3, ema=0.99, sample_every=1000, workers=0)
     # >>> diversedit
@@ -287,8 +287,8 @@ def prepare(args, world):
     features = CachedFeatures(args.data, targets=read_targets, control=args.control != "none")
     if args.batch_size > len(features.labels):
         raise ValueError(f"--batch-size {args.batch_size}: {args.data} has {len(features.labels)} images")
-    config |= features.model_options | dict(qk_norm=args.qk_norm, class_tokens=args.class_tokens)
-    config |= dict(control=args.control, control_alpha=args.control_alpha)
+    options = "qk_norm class_tokens control control_alpha".split()
+    config |= features.model_options(config["patch_size"]) | {name: getattr(args, name) for name in options}
     checkpoint = sample.read_run(args.out, vars(args), features.meta, MAY_CHANGE)
     if checkpoint:
         config = checkpoint["config"]
@@ -300,11 +300,11 @@ def prepare(args, world):
     return features, config, checkpoint
 
 
-def interrupt(number, _):
+def interrupt(signum, _):
     """Ctrl-C or SIGTERM: end the run with a checkpoint; a second one ends a single process at once."""
     if SIGNALS and "RANK" not in os.environ:
         raise KeyboardInterrupt
-    SIGNALS.append(number)
+    SIGNALS.append(signum)
     os.write(2, b"\nfinishing this step, then saving\n")  # print is not safe in a signal handler
 
 
@@ -334,7 +334,7 @@ def launch():
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.digits:
+    if args.digits and args.data == "features/digits":
         extract_digits(args.data)
     rank, world, device = launch()
 
@@ -439,7 +439,7 @@ def main(argv=None):
                     row["cka_off_diagonal"] = report_cka(ema.module, features, out / f"cka-{step:07d}.png")
                 # <<< diversedit
                 sample.write_row(out / "log.jsonl", row, bar)
-        if rank == 0 and (stop or step % args.save_every == 0 or step % args.keep_every == 0):
+        if rank == 0 and (stop or picture or step % args.save_every == 0 or step % args.keep_every == 0):
             heads = {name: x for name, x in objective.state_dict().items() if not name.startswith("model.")}
             state = dict(step=step, args=vars(args), config=config, data=features.meta)
             state |= dict(control=features.control_table, opt=optimizer.state_dict())

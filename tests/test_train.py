@@ -403,7 +403,7 @@ def test_bad_input(cache, tmp_path):
     message = complain("--batch-size", 128)
     assert "--batch-size 128" in message and "96 images" in message
     assert "side 8" in (message := complain("--model", "nano/3")) and "patches of 3" in message
-    assert "patch 2" in (message := complain("--model", "nano/4")) and "--patch 4" in message
+    assert "SIZE/2" in (message := complain("--model", "nano/4")) and "--patch 4" in message
     assert "--repa-depth 3" in (message := complain("--repa-depth", 3)) and "1 to 2" in message
     assert "nothing.pt" in complain("--init", tmp_path / "nothing.pt")
     (tmp_path / "file").write_text("precious")
