@@ -700,7 +700,7 @@ class CachedFeatures(Dataset):
     def model_options(self, patch):
         """input_size, in_channels, num_classes of a model. ValueError if its tokens are not the targets'."""
         meta, side, grid = self.meta, self.meta["latent_side"], self.meta["grid"]
-        if "targets" in self.arrays and grid * patch != side:
+        if "targets" in self.arrays and side % patch == 0 and side // patch != grid:
             remedy = f"train with --model SIZE/{side // grid}, or extract with --patch {patch}"
             raise ValueError(f"the cache has {grid}x{grid} targets, the model has patch {patch}: {remedy}")
         return dict(input_size=side, in_channels=meta["latent_channels"], num_classes=len(meta["classes"]))

@@ -195,8 +195,8 @@ def from_official(file, official=None):
     else:
         kind = "repa" if weights.keys() != state.keys() else official
     if kind is None or official not in (kind, None):
-        either = "REPA or SiT, it does not tell: pass sample.py --official repa or sit; --init cannot take it"
-        raise ValueError(f"by its keys and shapes, a file of {kind or either}")
+        either = "fit REPA and SiT: sample.py needs --official repa or --official sit"
+        raise ValueError(f"its keys and shapes {f'are of {kind}' if kind else either}")
     for name, value in last.items():
         weights[name] = value[:, 0].flatten(0, 1) * (-1 if kind == "sit" else 1)
     if kind == "sit":

@@ -183,9 +183,9 @@ def test_ambiguous_and_foreign_files(official, tmp_path):
     nan = {**with_projectors(state), "blocks.1.mlp.fc1.bias": torch.full((128,), torch.nan)}
     for content, named, reason in (
         (state, None, "--official repa or --official sit"),
-        (with_projectors(state), "sit", "is of repa"),
-        (eight_channels(state, 0.0), "repa", "is of sit"),
-        (eight_channels(state, 0.1), "sit", "is of dit"),
+        (with_projectors(state), "sit", "are of repa"),
+        (eight_channels(state, 0.0), "repa", "are of sit"),
+        (eight_channels(state, 0.1), "sit", "are of dit"),
         ({"layer.weight": torch.zeros(1)}, None, "x_embedder"),
         ({k: v for k, v in state.items() if "pos_embed" not in k}, "sit", "pos_embed"),
         ({k: v for k, v in state.items() if "2.attn.proj" not in k}, "sit", "blocks.2.attn.proj"),
@@ -213,7 +213,7 @@ def test_sample_draws_from_official_files(official, vae, tmp_path, kind):
     torch.save(files.get(kind, eight_channels(state, 0.1)), tmp_path / "file.pt")
     options = f"{tmp_path}/file.pt --num 2 --labels 3,5 --steps 4 --cfg 1.5 --out {tmp_path}/out.npz"
     options = ["--official", "sit"] * (kind == "sit4") + options.split() + ["--vae"]
-    with pytest.raises(SystemExit, match="--vae none: is for 3 channels"):
+    with pytest.raises(SystemExit, match="--vae none: decodes 3 channels to 8 pixels, not 4 to 64"):
         sample.main([*options, "none"])
     sample.main([*options, str(vae)])
     with np.load(tmp_path / "out.npz") as file:
