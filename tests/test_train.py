@@ -398,6 +398,7 @@ def test_bad_input(cache, tmp_path):
         return refusal(data, tmp_path / out, *options)
 
     assert str(tmp_path / "nowhere") in complain(data=tmp_path / "nowhere")
+    assert "no feature cache" in complain("--digits", data=tmp_path / "nowhere")  # no digits under that name
     message = complain("--micro-batch", 5)
     assert "--batch-size 16" in message and " 5 " in message
     message = complain("--batch-size", 128)
@@ -529,6 +530,13 @@ def test_digits_run(digits, script, monkeypatch, capsys):
     assert meta["complete"] and meta["count"] == 1797 and len(meta["classes"]) == 10
     assert Image.open(out / "samples-0000002.png").size == (10 * 52 - 4, 4 * 52 - 4)
     assert rows(out)[-1]["step"] == 2 and str(out / "samples-") in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_picture_comes_with_its_checkpoint(cache, tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr(sample, "write_checkpoint", lambda path, state: steps.append(state["step"]))
+    start("train_repa", cache, tmp_path / "run", "--steps", 5, "--sample-every", 4)
+    assert steps == [1, 2, 4, 5]
 
 
 # --- conditioning and transfer (arXiv 2411.03177)
