@@ -535,7 +535,7 @@ def test_digits_run(digits, script, monkeypatch, capsys):
 def test_a_picture_comes_with_its_checkpoint(cache, tmp_path, monkeypatch):
     steps = []
     monkeypatch.setattr(sample, "write_checkpoint", lambda path, state: steps.append(state["step"]))
-    start("train_repa", cache, tmp_path / "run", "--steps", 5, "--sample-every", 4)
+    start("train_repa", cache, tmp_path / "run", "--steps", 5, "--sample-every", 4, "--save-every", 99)
     assert steps == [1, 2, 4, 5]
 
 
