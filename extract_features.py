@@ -101,7 +101,7 @@ def reading(what, remedy):
     try:
         yield
     except Exception as error:  # about ten types
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = " ".join(str(error).split()).split(". ")[0][:200] or type(error).__name__
         raise ValueError(f"{what} ({reason}); {remedy}") from None
 
 
@@ -672,7 +672,9 @@ class CachedFeatures(Dataset):
         path = Path(path)
         self.opened = path, targets, control
         if not (path / "meta.json").is_file():
-            raise ValueError(f"{path}: no feature cache there; make one with extract_features.py")
+            below = sorted(str(meta.parent) for meta in path.glob("*/meta.json"))
+            remedy = f"did you mean {below[0]}?" if below else "make one with extract_features.py"
+            raise ValueError(f"{path}: no feature cache there; {remedy}")
         self.meta = meta = read_json(path / "meta.json")
         if meta.get("format_version") != FORMAT_VERSION:
             found = f"{meta.get('format_version')!r:.60}"

@@ -343,14 +343,15 @@ def start_run(args, step, world, model):
     ef.write_json(out / "run.json", [*starts, start | dict(processes=world, git=commit)])
     ef.replace_file(log, lambda file: file.write("".join(rows).encode()))
 
+    if step >= args.steps:
+        print(f"{out} is at step {step} already; raise --steps to go on")
+        return lock
     share = args.batch_size // world
     micro = args.micro_batch or share
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {model.grid**2} tokens"
     batch = f"{world} {'process' if world == 1 else 'processes'} x {share // micro} x {micro}"
     steps = f"batch {args.batch_size} = {batch}; steps {step} to {args.steps}"
     print(f"{type(model).__name__} {args.model}, {size}; {device}, {args.precision}; {steps}; {out}")
-    if step >= args.steps:
-        print(f"{out} is at step {step} already; raise --steps to go on")
     return lock
 
 

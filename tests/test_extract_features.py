@@ -517,6 +517,8 @@ def test_reader_refuses(small_npz, tmp_path):
     with pytest.raises(ValueError, match="no feature cache there"):
         ef.CachedFeatures(tmp_path)
     extract(small_npz, tmp_path / "out", "--encoder", "none")
+    with pytest.raises(ValueError, match=f"did you mean {tmp_path / 'out'}"):
+        ef.CachedFeatures(tmp_path)
     assert "targets" not in ef.CachedFeatures(tmp_path / "out", targets=False).__getitems__([0])
     with pytest.raises(ValueError, match="no targets; extract it with an --encoder"):
         ef.CachedFeatures(tmp_path / "out")
