@@ -27,7 +27,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import t as student_t
 
 HERE = Path(__file__).resolve().parent
@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 REAL = ROOT / "tests" / "digits.npz"
 STEPS = (250, 500, 750, 1000)
 SAMPLES = 500
-SEEDS = (2, 3, 4, 5, 6)  # --digits was tuned on seeds 0 and 1
+SEEDS = (2, 3)  # --digits was tuned on seeds 0 and 1
 # row: (what it is, the row it is compared with, command)
 ROWS = {
     "plain": ("plain SiT", None, "train_repa.py --digits --repa-weight 0"),
@@ -153,13 +153,10 @@ def table(results):
 
 
 def summary(results, row):
-    """The README's cells: accuracy at the second and the last step, then FD."""
-    cells = []
-    for key, scale, form in (("accuracy", 100, ".0f"), ("fd", 1, ".2f")):
-        for step in (STEPS[1], STEPS[-1]):
-            values = scale * figures(results, row, step, key)
-            cells.append(f"{values.mean():{form}} ± {values.std(ddof=1):{form}}")
-    return cells
+    """The README's cells: accuracy at the second step, FD at the second and at the last."""
+    shown = ("accuracy", 100, ".0f", 1), ("fd", 1, ".2f", 1), ("fd", 1, ".2f", -1)
+    values = [(scale * figures(results, row, STEPS[i], key), form) for key, scale, form, i in shown]
+    return [f"{x.mean():{form}} ± {x.std(ddof=1):{form}}" for x, form in values]
 
 
 def draw_curves(results, path):
@@ -190,21 +187,23 @@ def draw_curves(results, path):
     figure.savefig(path, dpi=110)
 
 
-def draw_samples(folder, seed, path, scale=3):
-    """Ten digits of the same noises: a line per method, a block per step."""
-    side, left, top = 8 * scale + 2, 190, 20
-    block = 10 * side + 12
-    sheet = Image.new("RGB", (left + len(STEPS) * block, top + len(ROWS) * (side + 4)), "white")
+def draw_samples(folder, seed, path, scale=4):
+    """Ten digits of the same noises: a line for each method, a block for each step but the third."""
+    steps, font = [*STEPS[:2], STEPS[-1]], ImageFont.load_default(15)
+    side, left, top = 8 * scale + 2, 190, 24
+    block = 10 * side + 14
+    sheet = Image.new("RGB", (left + len(steps) * block, top + len(ROWS) * (side + 4)), "white")
     pen = ImageDraw.Draw(sheet)
-    for i, step in enumerate(STEPS):
-        pen.text((left + i * block, 4), f"step {step}", fill="black")
+    for i, step in enumerate(steps):
+        pen.text((left + i * block, 2), f"step {step}", fill="black", font=font)
     for j, (row, (name, _, _)) in enumerate(ROWS.items()):
-        pen.text((4, top + j * (side + 4) + side // 2 - 6), name, fill="black")
-        for i, step in enumerate(STEPS):
+        y = top + j * (side + 4)
+        pen.text((2, y + side // 2), name, fill="black", font=font, anchor="lm")
+        for i, step in enumerate(steps):
             images = np.load(folder / f"{row}-{seed}" / f"samples-{step}.npz")["arr_0"][:10]
             for k, image in enumerate(images.repeat(scale, axis=1).repeat(scale, axis=2)):
-                sheet.paste(Image.fromarray(image), (left + i * block + k * side, top + j * (side + 4)))
-    sheet.save(path)
+                sheet.paste(Image.fromarray(image), (left + i * block + k * side, y))
+    sheet.save(path, optimize=True)
 
 
 def report(folder):
