@@ -619,12 +619,13 @@ def test_a_start_is_described(tmp_path, capsys):
     assert re.fullmatch(r"DiT nano/2, 0\.\dM parameters, 16 tokens; cpu, fp32; "
                         rf"batch 64 = 1 process x 1 x 64; steps 0 to 1000; {tmp_path}/run\n", said)
     (tmp_path / "run" / "log.jsonl").write_text('{"step": 5}\n{"step": 9}\n{"step": 1')  # cut by a kill
-    start(tmp_path / "run", 5, steps=5, world=2)
-    said = capsys.readouterr().out
-    assert "batch 64 = 2 processes x 1 x 32; steps 5 to 5" in said and "raise --steps" in said
+    start(tmp_path / "run", 5, steps=9, world=2)
+    assert "batch 64 = 2 processes x 1 x 32; steps 5 to 9" in capsys.readouterr().out
     assert (tmp_path / "run" / "log.jsonl").read_text() == '{"step": 5}\n'
     starts = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert [start["step"] for start in starts] == [0, 5] and starts[1]["processes"] == 2
+    assert [each["step"] for each in starts] == [0, 5] and starts[1]["processes"] == 2
+    start(tmp_path / "run", 5, steps=5)
+    assert re.fullmatch(rf"{tmp_path}/run is at step 5 .*--steps.*\n", capsys.readouterr().out)
 
 
 DAMAGED_LOGS = ["hello\n", "[1]\n", '{"loss": 1}\n', '{"step": "x"}\n', '{"step": 1\n{"step": 2}\n', b"\xff"]
