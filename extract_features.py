@@ -292,8 +292,7 @@ class Images:
         names = [name.removeprefix(self.prefix) for name in names if name.startswith(self.prefix)]
         self.paths = [name.removeprefix(self.prefix) for name in images]
         if loose := [name for name in self.paths if "/" not in name]:
-            remedy = "put it into one"
-            raise ValueError(f"--data {self.source}: {loose[0]} lies outside the class folders; {remedy}")
+            raise ValueError(f"--data {self.source}: {loose[0]} lies outside class folders; put it into one")
         folders = [name.split("/")[0] for name in self.paths]
         self.classes = sorted(set(folders))
         empty = sorted({name.split("/")[0] for name in names if "/" in name}.difference(folders))

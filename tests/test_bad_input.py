@@ -10,6 +10,7 @@ import json
 import os
 import re
 import resource
+import runpy
 import shutil
 import signal
 import tempfile
@@ -900,3 +901,13 @@ def test_some_flips():
         counts, reports = fuzz.fuzz(flips=len(fuzz.KINDS))
     assert not reports and counts.total() == len(fuzz.KINDS)
     assert sum(count for (_, verdict), count in counts.items() if verdict == "refused") > 8
+
+
+@pytest.mark.parametrize("name", ["sample.py", "extract_features.py"])
+def test_ctrl_c_ends_in_one_line(name, monkeypatch):
+    def pressed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("argparse.ArgumentParser.parse_args", pressed)
+    with pytest.raises(SystemExit, match=f"^{name}: .*same command"):
+        runpy.run_path(str(fuzz.ROOT / name), run_name="__main__")

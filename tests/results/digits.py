@@ -14,26 +14,25 @@ what else the machine does.
 import argparse
 import contextlib
 import importlib
-import io
 import json
 import multiprocessing
-import os
 import shlex
 import sys
 import zipfile
 from pathlib import Path
-
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import t as student_t
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import extract_features
+import fid
+import sample
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-sys.path.insert(0, str(ROOT))
-
 REAL = ROOT / "tests" / "digits.npz"
 STEPS = (250, 500, 750, 1000)
 SAMPLES = 500
@@ -58,7 +57,7 @@ def nearest_class(images, real, labels):
     return labels[torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").argmin(1).numpy()]
 
 
-def evaluate(folder, sample, fid):
+def evaluate(folder):
     """Samples of the four snapshots of a run, and their figures: a list of dicts."""
     paths = [folder / f"samples-{step}.npz" for step in STEPS]
     for step, path in zip(STEPS, paths, strict=True):
@@ -87,14 +86,13 @@ def run(job):
     if (folder / "result.json").exists():
         return job
     script, *flags = shlex.split(ROWS[row][2])
-    names = script.removesuffix(".py"), "sample", "fid"
-    train, sample, fid = (importlib.import_module(name) for name in names)
+    train = importlib.import_module(script.removesuffix(".py"))
     flags += ["--seed", str(seed), "--out", str(folder), "--data", str(folder.parent / "digits")]
     flags += ["--keep-every", str(STEPS[0]), "--sample-every", "0"]
     with open(f"{folder}.txt", "a") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         try:
             train.main(flags)
-            rows, floor = evaluate(folder, sample, fid)
+            rows, floor = evaluate(folder)
         except SystemExit as error:  # which would end a process of the pool in silence
             raise RuntimeError(str(error)) from error
     partial = folder / "result.partial"
@@ -165,9 +163,8 @@ def draw_curves(results, path):
 
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
-    for row, (name, _, command) in ROWS.items():
-        line = axes[int("sddit" in command)]
-        colour = f"C{[*ROWS].index(row) % 6}" if "sddit" not in command else f"C{6 + [*ROWS].index(row) % 3}"
+    for i, (row, (name, _, command)) in enumerate(ROWS.items()):
+        line, colour = axes[int("sddit" in command)], f"C{i}"
         for axis, key, scale in zip(line, ("accuracy", "fd"), (100, 1), strict=True):
             values = [scale * figures(results, row, step, key) for step in STEPS]
             mean, spread = np.mean(values, axis=1), np.std(values, axis=1, ddof=1)
@@ -240,9 +237,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.report:
         return report(args.out)
-    extract = importlib.import_module("extract_features")
-    with contextlib.redirect_stdout(io.StringIO()):
-        extract.extract_digits(args.out / "digits")
+    extract_features.extract_digits(args.out / "digits")
     jobs = [(row, seed, args.out / f"{row}-{seed}") for seed in args.seeds for row in args.rows]
     with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1) as pool:
         for row, seed, folder in pool.imap_unordered(run, jobs):
