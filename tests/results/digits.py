@@ -1,4 +1,4 @@
-"""The methods on the digits: every row of digits.md, four seeds, four snapshots of each run.
+"""The methods on the digits: every row of digits.md, five seeds, four snapshots of each run.
 
     python tests/results/digits.py --jobs 2                  the whole table, hours; to resume, run it again
     python tests/results/digits.py --rows repa --seeds 2     one run and its four lines of figures
@@ -36,7 +36,7 @@ ROOT = HERE.parent.parent
 REAL = ROOT / "tests" / "digits.npz"
 STEPS = (250, 500, 750, 1000)
 SAMPLES = 500
-SEEDS = (2, 3, 4, 5)  # --digits was tuned on seeds 0 and 1
+SEEDS = (2, 3, 4, 5, 6)  # --digits was tuned on seeds 0 and 1
 # row: (what it is, the row it is compared with, command)
 ROWS = {
     "plain": ("plain SiT", None, "train_repa.py --digits --repa-weight 0"),
@@ -184,11 +184,11 @@ def draw_curves(results, path):
     figure.savefig(path, dpi=110)
 
 
-def draw_samples(folder, seed, path, scale=4):
-    """Ten digits of the same noises: a line for each method, a block for each step but the third."""
+def draw_samples(folder, seed, path, scale=6):
+    """Five digits of the same noises: a line for each method, a block for each step but the third."""
     steps, font = [*STEPS[:2], STEPS[-1]], ImageFont.load_default(15)
     side, left, top = 8 * scale + 2, 190, 24
-    block = 10 * side + 14
+    block = 5 * side + 14
     sheet = Image.new("RGB", (left + len(steps) * block, top + len(ROWS) * (side + 4)), "white")
     pen = ImageDraw.Draw(sheet)
     for i, step in enumerate(steps):
@@ -197,7 +197,7 @@ def draw_samples(folder, seed, path, scale=4):
         y = top + j * (side + 4)
         pen.text((2, y + side // 2), name, fill="black", font=font, anchor="lm")
         for i, step in enumerate(steps):
-            images = np.load(folder / f"{row}-{seed}" / f"samples-{step}.npz")["arr_0"][:10]
+            images = np.load(folder / f"{row}-{seed}" / f"samples-{step}.npz")["arr_0"][:10:2]
             for k, image in enumerate(images.repeat(scale, axis=1).repeat(scale, axis=2)):
                 sheet.paste(Image.fromarray(image), (left + i * block + k * side, y))
     sheet.save(path, optimize=True)
@@ -226,7 +226,7 @@ def parse_args(argv=None):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*ROWS], help="default: all")
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="default: 2 to 5")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="default: 2 to 6")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "table", help="folder of the runs")
     parser.add_argument("--report", action="store_true", help="run nothing; write digits.md and the pictures")
