@@ -100,3 +100,10 @@ def test_a_row_runs_and_is_resumed(tmp_path, monkeypatch):
     assert "B - A" in text and text.count("| A |") == 3
     digits.draw_samples(tmp_path, 0, tmp_path / "samples.png")
     assert (tmp_path / "samples.png").stat().st_size > 1000
+
+
+def test_a_report_needs_pairs(tmp_path, monkeypatch):
+    monkeypatch.setattr(digits, "HERE", tmp_path)
+    with pytest.raises(SystemExit, match="0 seeds"):
+        digits.report(tmp_path)
+    assert not list(tmp_path.iterdir())

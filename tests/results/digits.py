@@ -207,6 +207,8 @@ def report(folder):
     """Writes digits.json, digits-logs.zip, the pictures, and the tables of digits.md between their marks."""
     done = {path.parent.name for path in folder.glob("*/result.json")}
     seeds = [seed for seed in SEEDS if done >= {f"{row}-{seed}" for row in ROWS}]  # pairs need all rows
+    if len(seeds) < 2:
+        raise SystemExit(f"digits.py: {folder} has {len(seeds)} seeds with all rows done; run at least 2")
     runs = {f"{row}-{seed}": folder / f"{row}-{seed}" for row in ROWS for seed in seeds}
     results = [json.loads((path / "result.json").read_text()) for path in runs.values()]
     (HERE / "digits.json").write_text(json.dumps(results, indent=1) + "\n")
