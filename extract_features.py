@@ -148,7 +148,7 @@ def start_folder(folder, file, description, arrays, parts, ignore=(), copies=1):
             return lock
     sizes = [math.prod(array["shape"]) * np.dtype(array["dtype"]).itemsize for array in arrays.values()]
     size, free = copies * sum(sizes), shutil.disk_usage(folder).free
-    print(f"{folder}: {size / 1e9:.3f} GB, {free / 1e9:.1f} GB free", flush=True)
+    print(f"{folder}: needs {size / 1e9:.3f} GB, {free / 1e9:.1f} GB are free", flush=True)
     if size > free:
         raise ValueError(f"{folder}: needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
     write_json(folder / file, description)
@@ -292,7 +292,7 @@ class Images:
         names = [name.removeprefix(self.prefix) for name in names if name.startswith(self.prefix)]
         self.paths = [name.removeprefix(self.prefix) for name in images]
         if loose := [name for name in self.paths if "/" not in name]:
-            raise ValueError(f"--data {self.source}: {loose[0]} lies outside class folders; put it into one")
+            raise ValueError(f"--data {self.source}: {loose[0]} is in no class folder; make one or go up one")
         folders = [name.split("/")[0] for name in self.paths]
         self.classes = sorted(set(folders))
         empty = sorted({name.split("/")[0] for name in names if "/" in name}.difference(folders))
@@ -498,7 +498,7 @@ def load_autoencoder(name, device="cpu"):
         path = path / file
     elif not path.is_file():
         check_hub()
-        remedy = f"pass a folder or file with its {file} (training needs it for pictures: --sample-every 0)"
+        remedy = f"pass a folder or file with its {file}; a run with --sample-every 0 needs none"
         with reading(f"--vae {name}: cannot be downloaded", remedy):
             path = huggingface_hub.hf_hub_download(name, file)
     weights, state, autoencoder = read_weights(path), {}, AutoencoderKL()
@@ -795,7 +795,7 @@ def extract(out, meta, images, autoencoder, encoder, args, rank, world, device):
             if error and not args.skip_bad:
                 raise ValueError(error)
             if error:
-                tqdm.write(f"skipped: {error}", file=sys.stderr)
+                tqdm.write(f"skipped: {error.rpartition('; ')[0]}", file=sys.stderr)
                 labels[i] = -1
         pixels = pixels.flatten(0, 1).to(device)                                  # (n V, 3, S, S) uint8
         moments = torch.cat(autoencoder.encode(pixels.float() / 127.5 - 1), dim=1)
@@ -888,8 +888,8 @@ def finish(out, meta):
     CachedFeatures(out, targets="targets" in meta["arrays"])
     (out / "progress.npy").unlink(missing_ok=True)
     names = ", ".join(map(repr, meta["classes"][:3])) + ", ..." * (len(meta["classes"]) > 3)
-    without = f", without {len(skipped)} unreadable ones" if skipped else ""
-    print(f"{out}: complete, {meta['count']:,} images of {len(meta['classes']):,} classes: {names}{without}")
+    kept = f"{len(labels) - len(skipped):,} images of {len(meta['classes']):,} classes: {names}"
+    print(f"{out}: complete, {kept}" + f"; {len(skipped)} unreadable, left out" * bool(skipped))
 
 
 def main(argv=None):

@@ -304,7 +304,7 @@ def read_run(folder, args, data, may_change):
     there, here = checkpoint["args"] | {"cache": checkpoint["data"]}, args | {"cache": data}
     for key in sorted((there.keys() | here.keys()) - set(may_change)):
         if there.get(key) != here.get(key):
-            found = f"{key} is {there.get(key)!s:.60} there, {here.get(key)!s:.60} here"
+            found = f"{key} is {there.get(key, 'no flag')!s:.60} there, {here.get(key, 'no flag')!s:.60} here"
             raise ValueError(f"{folder} holds another run: {found}; choose another --out")
     return checkpoint
 
@@ -359,7 +359,7 @@ def write_row(path, row, bar):
     """Append a row to log.jsonl and show the loss that all methods have in common, of noise or velocity."""
     with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
-    name = "loss_fm" if "loss_fm" in row else "loss_edm"
+    name = next(name for name in ("loss_fm", "loss_edm", "loss") if name in row)
     text = f"{name} {row[name]:.4f}" if row["grad_norm"] > 0 else "no finite gradient"
     text += f", {row['img_per_s']:.0f} img/s" + (f", {row['skipped']} skipped" if row["skipped"] else "")
     bar.set_postfix_str(text)
@@ -541,7 +541,8 @@ def prepare(args, device):
         known = {str(i): i for i in range(model.num_classes)} | {x: i for i, x in enumerate(data["classes"])}
         unknown = [name for name in args.labels.split(",") if name not in known]
         if unknown:
-            raise ValueError(f"--labels {unknown[0]}: no class, and no index up to {model.num_classes - 1}")
+            classes = ", ".join(data["classes"][:9]) + ", ..." * (model.num_classes > 9)
+            raise ValueError(f"--labels {unknown[0]}: classes are {classes}, or 0 to {model.num_classes - 1}")
         args.labels = [known[name] for name in args.labels.split(",")]
     if model.control_embedder is None:
         if args.control not in ("empirical", "none"):
@@ -619,7 +620,7 @@ def sample_images(args):
     shutil.rmtree(folder)
     lock.close()
     written = " and ".join(str(path) for path in (args.out, args.grid) if path)
-    print(f"{written}:", ", ".join(f"{key} {value}" for key, value in protocol.items()))
+    print(f"{written}:", ", ".join(f"{key} {value}" for key, value in protocol.items() if value is not None))
 
 
 def file_hash(path):

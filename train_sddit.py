@@ -376,6 +376,7 @@ def launch():
     if world > 1:
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor is too new
         dist.init_process_group("nccl" if cuda else "gloo")
+        sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")  # one process prints
     return rank, world, device
 
 
@@ -406,7 +407,7 @@ def main(argv=None):
             dit.compile_blocks(objective)
         if rank == 0 and args.sample_every:
             vae = load_autoencoder(features.meta["vae"], device)
-        _lock = sample.start_run(args, step, world, model) if rank == 0 else None
+        _lock = sample.start_run(args, step, world, model) if rank == 0 else None  # held to the end
     except (ValueError, OSError) as error:
         sys.exit(f"{Path(__file__).name}: {error}")
     wrapped = objective
@@ -517,8 +518,7 @@ def main(argv=None):
         dist.destroy_process_group()
     if step < args.steps:
         sys.exit(f"interrupted at step {step}; run the same command again to go on" if rank == 0 else 1)
-    if rank == 0:
-        print(f"{out} is at step {step}; pictures: {out}/samples-*.png")
+    print(f"{out} is at step {step}; pictures: {out}/samples-*.png")
 
 
 if __name__ == "__main__":

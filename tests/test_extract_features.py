@@ -84,7 +84,7 @@ def test_unusable_sources(folder, tmp_path, monkeypatch):
     (folder / "empty" / "loose.txt").write_text("no image")
     assert "class folder 'empty' holds no image" in complain(folder)
     (folder / "top.png").write_bytes(b"")
-    assert "top.png lies outside" in complain(folder)
+    assert "top.png is in no class folder" in complain(folder)
     (tmp_path / "text.zip").write_text("no zip")
     assert "expected a folder" in complain(tmp_path / "text.zip")
     np.savez(tmp_path / "float.npz", arr_0=np.zeros((4, 8, 8, 3)), arr_1=np.zeros(4, int))

@@ -76,7 +76,7 @@ def test_the_fork_trains(cache, tmp_path):
         places = [i for i in range(len(full)) if full[i : i + len(before)] == before]
         full[places[0] : places[0] + len(before)] = after
         added += len(after) - len(before)
-    assert len(full) == len(empty) + added and 20 < added <= 30
+    assert len(full) == len(empty) + added and f"A whole fork, {added} lines" in README
     assert not [line for line in difflib.ndiff(empty, full) if line.startswith("- ")], "nothing is removed"
     (tmp_path / "train_dispersive.py").write_text("".join(full))
     options = "--model nano/2 --steps 2 --batch-size 16 --log-every 1 --sample-every 0 --workers 0".split()
