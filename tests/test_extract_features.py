@@ -281,7 +281,7 @@ def test_a_full_disk_is_named():
         Full().write(0, np.zeros(1))
 
 
-def test_repaired_images_count_again(folder, tmp_path):
+def test_repaired_images_count_again(folder, tmp_path, capsys):
     """Skipped by a run that was killed, repaired, found again by the run that ends the work."""
     good = (folder / "dog" / "1.jpg").read_bytes()
     (folder / "dog" / "1.jpg").write_bytes(b"no picture")
@@ -294,6 +294,9 @@ def test_repaired_images_count_again(folder, tmp_path):
     extract(folder, tmp_path / "out", "--batch-size", 2, "--skip-bad")
     features = ef.CachedFeatures(tmp_path / "out")
     assert features.labels.tolist() == [0, 0, 0, 1, 1] and features.meta["skipped"] == [5]
+    said, warned = capsys.readouterr()
+    assert "complete, 5 images of 2 classes: 'cat', 'dog'; 1 unreadable" in said
+    assert "skipped: " in warned and "2.webp" in warned and "--skip-bad" not in warned
 
 
 def test_nothing_readable(folder, tmp_path):

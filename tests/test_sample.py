@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import run
 from PIL import Image
+from tqdm import tqdm
 
 import dit
 import sample
@@ -578,7 +579,7 @@ def test_bad_input(checkpoint, tmp_path):
     torch.save({"state": torch.zeros(1)}, tmp_path / "foreign.pt")
     assert "foreign.pt" in complain(tmp_path / "foreign.pt")
     assert "--labels 3: " in complain(checkpoint, "--labels", "2,3")
-    assert "--labels cat: " in complain(checkpoint, "--labels", "cat")
+    assert "--labels fish: classes are 0, 1, 2, or 0 to 2" in complain(checkpoint, "--labels", "fish")
     for flag, value in (("batch-size", 0), ("seed", -1), ("cfg", 0.5), ("cfg", "nan"), ("control-cfg", -1)):
         assert f"--{flag}: {value}" in complain(checkpoint, f"--{flag}", value)
     assert "--steps: 0" in complain(checkpoint, "--steps", 0)
@@ -626,6 +627,16 @@ def test_a_start_is_described(tmp_path, capsys):
     assert [each["step"] for each in starts] == [0, 5] and starts[1]["processes"] == 2
     start(tmp_path / "run", 5, steps=5)
     assert re.fullmatch(rf"{tmp_path}/run is at step 5 .*--steps.*\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", ["loss_fm", "loss_edm", "loss"])
+def test_a_row_shows_the_denoising_loss(tmp_path, capsys, name):
+    """Or the whole loss, of a method that names no other."""
+    row = {"step": 3, "loss_own": 7.0, "loss": 9.0, name: 0.25, "grad_norm": 1.0, "img_per_s": 8.0}
+    row["skipped"] = 0
+    sample.write_row(tmp_path / "log.jsonl", row, tqdm(disable=True))
+    assert capsys.readouterr().out == f"step 3: {name} 0.2500, 8 img/s\n"
+    assert json.loads((tmp_path / "log.jsonl").read_text()) == row
 
 
 DAMAGED_LOGS = ["hello\n", "[1]\n", '{"loss": 1}\n', '{"step": "x"}\n', '{"step": 1\n{"step": 2}\n', b"\xff"]

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -253,6 +254,17 @@ def test_one_process_is_two_ranks_is_accumulation(cache, tmp_path, processes, sc
     for a, b, c in zip(*logs, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5) == pytest.approx(c["loss"], abs=1e-5)
     assert script is train_repa or one["heads"]["centers"].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_first_process_prints(rank, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # to be restored
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: None)
+    for name, value in {"RANK": rank, "WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    assert train_repa.launch()[:2] == (rank, 2)
+    print("said")
+    assert capsys.readouterr().out == ("said\n" if rank == 0 else "")
 
 
 def test_loss_falls(cache, tmp_path):
