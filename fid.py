@@ -9,7 +9,8 @@
 REF and SAMPLES are an .npz (`arr_0`) or an .npy, uint8 [N, H, W, 3], or a folder of images. Where an .npz
 stores statistics (`mu sigma mu_s sigma_s`: ADM's references, of the training set), FID and sFID use them.
 Judge generation against the training set, reconstruction against the validation set. The floor row is what
-real images score: n random ones of REF against its others, n the size of the smallest set, at most N // 2.
+real images score: n random ones of REF against its others, n the smallest set, at most N // 2. If REF is
+small, its others are too few and the floor is too high: good samples may go below.
 
     FID        arXiv 1706.08500   |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of 2048 pooled features
     sFID       arXiv 2103.03841   the same of 7 channels of a 17 x 17 map (2023 values): sees where things are
