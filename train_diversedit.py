@@ -72,7 +72,7 @@ def parse_args(argv=None):
     add("--workers", type=number(int, 0, 256), help="loader processes (default: 4 for targets, else 0)")
     add("--log-every", type=number(int, 1), default=50, help="steps between rows of log.jsonl")
     add("--sample-every", type=number(int, 0), default=10_000, help="steps between pictures, 0 for none")
-    add("--save-every", type=number(int, 1), default=5_000, help="steps between saves; a picture saves, too")
+    add("--save-every", type=number(int, 1), default=5_000, help="steps between saves; pictures save, too")
     add("--keep-every", type=number(int, 1), default=50_000, help="steps between snapshots STEP.pt")
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=number(int, 1), default=400_000, help="optimiser steps")
@@ -327,7 +327,7 @@ def launch():
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
     if world > 1:
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor is too new
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # forward_sync_buffers: too new
         dist.init_process_group("nccl" if cuda else "gloo")
         sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")  # one process prints
     return rank, world, device

@@ -58,7 +58,7 @@ def parse_args(argv=None):
     add("--workers", type=number(int, 0, 256), help="loader processes (default: 4 for targets, else 0)")
     add("--log-every", type=number(int, 1), default=50, help="steps between rows of log.jsonl")
     add("--sample-every", type=number(int, 0), default=10_000, help="steps between pictures, 0 for none")
-    add("--save-every", type=number(int, 1), default=5_000, help="steps between saves; a picture saves, too")
+    add("--save-every", type=number(int, 1), default=5_000, help="steps between saves; pictures save, too")
     add("--keep-every", type=number(int, 1), default=50_000, help="steps between snapshots STEP.pt")
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=number(int, 1), default=400_000, help="optimiser steps")
@@ -126,7 +126,8 @@ class Alignment(nn.Module):
         self.target_widths = meta["target_widths"]
         hidden = 2048 if width >= dit.SIZES["S"][1] else 4 * width  # nano is no size of the paper
         self.projectors = nn.ModuleList(projector(width, n, hidden) for n in self.target_widths)
-        self.flops = 2 * model.grid**2 * sum(p.numel() for p in self.projectors.parameters() if p.ndim == 2)
+        matrices = [p for p in self.projectors.parameters() if p.ndim == 2]
+        self.flops = 2 * model.grid**2 * sum(p.numel() for p in matrices)         # forward, of T tokens
 
     def forward(self, tokens, targets):                                           # (N, T, D), (N, T, all F)
         projected = [h(tokens) for h in self.projectors]                          # (N, T, F) each
@@ -142,10 +143,10 @@ def cknna(f, g, k=10):
     def local_kernel(features):
         features = F.normalize(features.double(), dim=1)
         kernel = features @ features.T                                            # (n, n)
-        nearest = kernel.clone().fill_diagonal_(-2).topk(k).indices               # (n, k)
+        nearest = kernel.clone().fill_diagonal_(-2).topk(k).indices               # (n, k), never i itself
         return torch.zeros_like(kernel).scatter(1, nearest, 1) * (kernel - kernel.mean(1, keepdim=True))
 
-    K, L = local_kernel(f), local_kernel(g)                                       # 0 but for neighbours
+    K, L = local_kernel(f), local_kernel(g)                 # 0 but for neighbours; K L: but for mutual ones
     return ((K * L).sum() / (K.square().sum() * L.square().sum()).sqrt()).item()
 
 
@@ -157,10 +158,10 @@ def report_cknna(model, features, images=256):
     x, targets = features.latents(batch["moments"]), batch["targets"].float().mean(1)
     eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(device)
     for t in (0.25, 0.5):
-        x_t, time, means = (1 - t) * x + t * eps, torch.full((len(x),), t, device=device), []
-        for n in torch.arange(len(x), device=device).split(32):
-            control = batch["control"][n] if "control" in batch else None
-            _, tokens = model(x_t[n], time[n], batch["labels"][n], control=control, return_blocks=blocks)
+        x_t, times, means = (1 - t) * x + t * eps, torch.full((len(x),), t, device=device), []
+        for i in torch.arange(len(x), device=device).split(32):
+            control = batch["control"][i] if "control" in batch else None
+            _, tokens = model(x_t[i], times[i], batch["labels"][i], control=control, return_blocks=blocks)
             means.append(torch.stack([z.mean(1) for z in tokens]))                # (blocks, n, D)
         report[str(t)] = [cknna(block, targets) for block in torch.cat(means, dim=1)]
     return report
@@ -268,7 +269,7 @@ def launch():
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
     if world > 1:
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor is too new
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # forward_sync_buffers: too new
         dist.init_process_group("nccl" if cuda else "gloo")
         sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")  # one process prints
     return rank, world, device
