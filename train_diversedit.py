@@ -327,7 +327,7 @@ def launch():
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
     if world > 1:
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # forward_sync_buffers: too new
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor is too new
         dist.init_process_group("nccl" if cuda else "gloo")
         sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")  # one process prints
     return rank, world, device
