@@ -48,9 +48,9 @@ def modulate(x, shift, scale):
 
 
 def shift_time(t, s):
-    """Time t' at which an image of s times the side is as noisy as at t: SNR(t') = SNR(t) / s^2.
+    """Time t' at which an image s times as wide is as noisy as this one at t: SNR(t') = SNR(t) / s^2.
 
-    The law of arXiv 2411.03177 (figure A1) in the closed form of SD3 (2403.03206). 1 / s undoes it.
+    The law of arXiv 2411.03177 (figure A1) in the closed form of SD3 (2403.03206). Its inverse: s -> 1 / s.
     """
     return s * t / (1 + (s - 1) * t)
 
@@ -93,9 +93,9 @@ class ControlEmbedder(nn.Module):
         gamma = 1, the micro-conditioning of SDXL (2307.01952)                          mode "constant"
 
     Sharpness is decided late in sampling, so the weight of the size is 0 at pure noise. Crop and flip move
-    the layout, which is decided early, so their weight is 1. A row of zeros is no control: keep = 0. paper:
-    curves from 0 at u = 1 to 1 at u = 0 with a parameter alpha (figure 3) / here: the power-cosine that fits
-    them. It, the weight of crop and flip and their scale of 1000 are reconstructed, not read.
+    the layout, which is decided early, so their weight is 1. A row of zeros means no control: keep = 0.
+    paper: curves from 0 at u = 1 to 1 at u = 0 with a parameter alpha (figure 3) / here: a power-cosine that
+    fits them. Its formula, and the weight 1 and scale 1000 of crop and flip, are reconstructed, not read.
     """
 
     def __init__(self, hidden_size, mode="cosine", alpha=1.0, frequencies=128):
@@ -116,7 +116,7 @@ class ControlEmbedder(nn.Module):
         return (1 - torch.cos(torch.pi * (1 - u).clamp(0, 1) ** self.alpha)) / 2
 
     def forward(self, control, u):
-        """control [N, 7]: h0, w0, top, left, h, w, flip in pixels of the original; u [N] -> fp32 [N, D]."""
+        """control [N, 7]: h0, w0, top, left, h, w in original pixels, flip 0 or 1; u [N] -> fp32 [N, D]."""
         with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):
             h0, w0, top, left, h, w, flip = control.float().unbind(1)             # (N,) each
             height, width = h0.clamp(min=1), w0.clamp(min=1)                      # no 0 / 0 in a row of zeros
@@ -283,9 +283,9 @@ class DiT(nn.Module):
         h, returned = torch.cat([classes, self.x_embedder(x) + self.pos_embed], dim=1), []
         for i, tokens in enumerate(self.run_blocks(h, c), start=1):
             if i in (return_blocks or ()):
-                returned.append(tokens)                                           # (N, K + T, D)
+                returned.append(tokens[:, self.class_tokens :])                   # (N, T, D)
         v = self.unpatchify(self.final_layer(tokens[:, self.class_tokens :], c))  # (N, C, H, W)
-        return v if return_blocks is None else (v, [z[:, self.class_tokens :] for z in returned])
+        return v if return_blocks is None else (v, returned)
 
 
 class LongResidual(nn.Module):
@@ -309,8 +309,8 @@ class LongResidual(nn.Module):
 class DiverseDiT(DiT):
     """DiT whose deep half receives the inputs of the shallow half (arXiv 2603.04239, Eq. 8).
 
-    Before block L - i, the stream is replaced by R([stream; input of block 1 + i]), i = 0 .. L/2 - 1, counted
-    from 1: the last block sees the patch embedding again. A plain DiT checkpoint lacks only `long_residuals`.
+    Blocks count from 1. Before block L - i, i = 0 .. L/2 - 1, R([stream; input of block 1 + i]) replaces the
+    stream: the last block sees the patch embedding again. A plain DiT checkpoint lacks only `long_residuals`.
     official code: train.py fuses after the block, with its output / here: before, because Eq. 8 and its index
     range say so, and the authors' second model file pairs the blocks the same way.
     """
@@ -353,15 +353,15 @@ class SDDiT(DiT):
         super().__init__(**options)
         width, dropout_prob = self.pos_embed.shape[-1], self.y_embedder.dropout_prob
         if decoder_width % decoder_heads or decoder_width % 4:
-            raise ValueError(f"decoder_width {decoder_width} must divide by {decoder_heads} heads and by 4")
+            raise ValueError(f"decoder_width {decoder_width} must be divisible by {decoder_heads} and by 4")
         label_width = self.y_embedder.embedding_table.embedding_dim
         self.y_embedder = ZeroNullLabelEmbedder(self.num_classes, label_width, dropout_prob)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.cls_embedder = nn.Linear(width, width) if cls_condition else None
         self.decoder_embed = FinalLayer(width, decoder_width)
         self.decoder_pos_embed = self.positions(decoder_width)
-        blocks = (DiTBlock(decoder_width, decoder_heads, cond_size=width) for _ in range(decoder_depth))
-        self.decoder_blocks = nn.ModuleList(blocks)
+        block = partial(DiTBlock, decoder_width, decoder_heads, 4.0, options.get("qk_norm", False), width)
+        self.decoder_blocks = nn.ModuleList(block() for _ in range(decoder_depth))
         self.final_layer = FinalLayer(decoder_width, self.patch_size**2 * self.in_channels, cond_size=width)
         self.initialize_weights()
         nn.init.normal_(self.cls_token, std=0.02)
@@ -406,17 +406,17 @@ def inherit_config(config, theirs):
     """
     for key in ("patch_size", "hidden_size", "depth", "num_heads"):
         if theirs[key] != config[key]:
-            raise ValueError(f"--init: its {key} is {theirs[key]}, that of the model to train {config[key]}")
+            raise ValueError(f"--init: {key} is {theirs[key]} there, {config[key]} in the model to train")
     alike, grid = theirs["in_channels"] == config["in_channels"], theirs["input_size"] // theirs["patch_size"]
     ratio = config["input_size"] / theirs["input_size"] if alike else 1
     return dict(pos_base=theirs.get("pos_base") or grid, time_shift=theirs.get("time_shift", 1.0) * ratio)
 
 
 def inherit_weights(model, state):
-    """Copy the tensors of a state dict where names and shapes fit; returns a line that says which did."""
+    """Copy what fits by name and shape, except position tables; returns a line that says what was loaded."""
     own = model.state_dict()
     fits = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
-    model.load_state_dict(fits, strict=False)
+    model.load_state_dict(fits | {name: own[name] for name in fits if "pos_embed" in name}, strict=False)
     resized = {name for name in own.keys() & state.keys() - fits.keys() if name.endswith("pos_embed")}
     new, unused = (names.keys() - fits.keys() - resized for names in (own, state))
     line = f"{len(fits)} tensors loaded"
@@ -437,7 +437,7 @@ def check_memory(config, images, precision):
     """ValueError if this device cannot hold a training step on `images` at once; it names sizes that fit.
 
     Counted are 20 bytes a parameter (weight, gradient, Adam's two moments, average) and the 17 values that a
-    block keeps for the backward pass for every token and channel: a lower bound.
+    block keeps for the backward pass for every token and channel: a lower bound, unless most are masked.
     """
 
     def need(config):
@@ -451,7 +451,7 @@ def check_memory(config, images, precision):
     memory = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else host
     if need(config) > memory:
         sizes = [f"{size}/{config['patch_size']}" for size in SIZES]
-        fits = [size for size in sizes if need(config | parse_model(size)) <= memory]
+        fits = [size for size in sizes if need(config | parse_model(size)) <= memory] or ["none"]
         needs = f"{images} images at once need {need(config) / 1e9:.0f} GB, there are {memory / 1e9:.0f} GB"
         raise ValueError(f"{needs}: take a smaller --micro-batch, or a --model that fits ({', '.join(fits)})")
 

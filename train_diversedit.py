@@ -68,7 +68,7 @@ def parse_args(argv=None):
     add("--digits", action="store_true", help="laptop run: nano/2, 1000 steps of 64 real digits, lr 2e-3")
     add("--data", default="features/imagenet256", help="cache made by extract_features.py")
     add("--out", default=f"runs/{NAME}", help="run folder: checkpoints, log.jsonl, pictures")
-    add("--seed", type=number(int, 0, 2**32), default=0, help="of weights, order and noise")
+    add("--seed", type=number(int, 0, 2**32), default=0, help="seed of weights, order and noise")
     add("--workers", type=number(int, 0, 256), help="loader processes (default: 4 for targets, else 0)")
     add("--log-every", type=number(int, 1), default=50, help="steps between rows of log.jsonl")
     add("--sample-every", type=number(int, 0), default=10_000, help="steps between pictures, 0 for none")
@@ -89,12 +89,12 @@ def parse_args(argv=None):
     add = parser.add_argument_group("model and conditioning (arXiv 2411.03177)").add_argument
     add("--model", default="XL/2", help=f"SIZE/PATCH, SIZE one of {', '.join(dit.SIZES)}")
     add("--qk-norm", action="store_true", help="LayerNorm on queries and keys")
-    add("--control", choices=["none", "constant", "cosine"], default="none", help="of size, crop and flip")
+    add("--control", choices=["none", "constant", "cosine"], default="none", help="size, crop and flip")
     add("--control-alpha", type=number(float, above=0), default=1.0, help="exponent of the cosine weight")
     add("--control-drop", type=number(float, 0, 1), default=0.1, help="share of images without control")
     add("--class-tokens", type=number(int, 0, 1024), default=0, help="feed the class as K extra tokens")
     add("--init", metavar="CKPT", help="start from the EMA weights of this checkpoint where they fit")
-    add("--pos-base", type=number(int, 1, 10**4), help="side of the grid of positions (default: by --init)")
+    add("--pos-base", type=number(int, 1, 10**4), help="range of positions (default: its grid, or by --init)")
     add("--time-shift", type=number(float, above=0), help="over 1: more noise (default: 1, or by --init)")
     digits = dict(data="features/digits", out=f"runs/{NAME}-digits", model="nano/2", steps=1000)
     digits |= dict(batch_size=64, lr=2e-3, ema=0.99, sample_every=1000, workers=0)
@@ -140,10 +140,10 @@ def diversity_loss(blocks, terms=TERMS):
 
 
 def gate(loss, low=0.1, high=0.5):
-    """w(L): 0 up to `low`, (L - low) / 0.5 up to `high`, then 1. Not detached: slope (2L - low) / 0.5.
+    """w(L): 0 up to `low`, (L - low) / 0.5 up to `high`, then 1. Not detached: (w L)' = (2L - low) / 0.5.
 
-    paper, official code: the denominator is 0.5, not high - low, so that w jumps from 0.8 to 1 at 0.5. It is
-    known for [0.1, 0.5] only / here: 0.5 for every band. With both ends below 0, w is 1 (table 8).
+    paper, official code: the denominator is 0.5, not high - low, so w jumps from 0.8 to 1 at L = 0.5; it is
+    given for [0.1, 0.5] alone / here: 0.5 for every band. A band below every L makes w 1 (table 8).
     """
     return torch.where(loss <= low, 0.0, torch.where(loss <= high, (loss - low) / 0.5, 1.0))
 
@@ -436,7 +436,7 @@ def main(argv=None):
             row |= {"memory_gb": torch.cuda.max_memory_allocated() / 1e9}         # 0 without a GPU
             if rank == 0:
                 # >>> diversedit
-                if picture:
+                if picture and len(features.labels) > 3:  # unbiased HSIC needs four images
                     row["cka_off_diagonal"] = report_cka(ema.module, features, out / f"cka-{step:07d}.png")
                 # <<< diversedit
                 sample.write_row(out / "log.jsonl", row, bar)

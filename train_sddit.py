@@ -66,7 +66,7 @@ def parse_args(argv=None):
     add("--digits", action="store_true", help="laptop run: nano/2, 1000 steps of 64 real digits, lr 2e-3")
     add("--data", default="features/imagenet256", help="cache made by extract_features.py")
     add("--out", default=f"runs/{NAME}", help="run folder: checkpoints, log.jsonl, pictures")
-    add("--seed", type=number(int, 0, 2**32), default=0, help="of weights, order and noise")
+    add("--seed", type=number(int, 0, 2**32), default=0, help="seed of weights, order and noise")
     add("--workers", type=number(int, 0, 256), help="loader processes (default: 4 for targets, else 0)")
     add("--log-every", type=number(int, 1), default=50, help="steps between rows of log.jsonl")
     add("--sample-every", type=number(int, 0), default=10_000, help="steps between pictures, 0 for none")
@@ -87,12 +87,12 @@ def parse_args(argv=None):
     add = parser.add_argument_group("model and conditioning (arXiv 2411.03177)").add_argument
     add("--model", default="XL/2", help=f"SIZE/PATCH, SIZE one of {', '.join(dit.SIZES)}")
     add("--qk-norm", action="store_true", help="LayerNorm on queries and keys")
-    add("--control", choices=["none", "constant", "cosine"], default="none", help="of size, crop and flip")
+    add("--control", choices=["none", "constant", "cosine"], default="none", help="size, crop and flip")
     add("--control-alpha", type=number(float, above=0), default=1.0, help="exponent of the cosine weight")
     add("--control-drop", type=number(float, 0, 1), default=0.1, help="share of images without control")
     add("--class-tokens", type=number(int, 0, 1024), default=0, help="feed the class as K extra tokens")
     add("--init", metavar="CKPT", help="start from the EMA weights of this checkpoint where they fit")
-    add("--pos-base", type=number(int, 1, 10**4), help="side of the grid of positions (default: by --init)")
+    add("--pos-base", type=number(int, 1, 10**4), help="range of positions (default: its grid, or by --init)")
     add("--time-shift", type=number(float, above=0), help="over 1: more noise (default: 1, or by --init)")
     digits = dict(data="features/digits", out=f"runs/{NAME}-digits", model="nano/2", steps=1000)
     digits |= dict(batch_size=64, lr=2e-3, ema=0.99, sample_every=1000, workers=0)
@@ -106,7 +106,7 @@ def parse_args(argv=None):
     add("--no-cls-condition", action="store_true", help="keep the CLS token out of the decoder's condition")
     add("--prototypes", type=number(int, 2, 2**20), help="K (default: 8192; 256 for nano)")
     add("--tau-s", type=positive, default=0.1, help="temperature of the student")
-    add("--tau-t", type=positive, nargs=2, default=[0.09, 0.099], help="teacher's, at first and from epoch 5")
+    add("--tau-t", type=positive, nargs=2, default=[0.09, 0.099], help="teacher's: in epoch 1, from epoch 5")
     add("--teacher-momentum", type=share, nargs=2, default=[0.996, 0.999], help="m, first and last")
     parser.set_defaults(steps=2_400_000, precision="fp32")
     digits |= dict(teacher_momentum=[0.9, 0.99], tau_t=[0.06, 0.06])  # the teacher must turn over often
@@ -123,12 +123,12 @@ NANO_HEAD = dict(hidden=256, bottleneck=64, prototypes=256)
 
 
 def view_noise(t):
-    """Uniform t in [0, 1) -> sigma with ln sigma ~ N(-1.2, 1.2^2): the inverse normal distribution of t."""
+    """Uniform t in [0, 1) -> sigma with ln sigma ~ N(-1.2, 1.2^2): by the inverse of the normal CDF."""
     return torch.exp(1.2 * torch.special.ndtri(t.clamp(1e-7, 1 - 1e-7)) - 1.2)
 
 
 def generative_loss(output, x, eps, sigma, sigma_data=0.5):
-    """L_G = mean (F - F*)^2 over all patches: EDM's weighted loss (arXiv 2206.00364), free of its weight."""
+    """L_G = mean (F - F*)^2 over all patches: EDM's loss (arXiv 2206.00364), whose weight cancels for F."""
     sigma = sigma.view(-1, 1, 1, 1)
     target = (sigma / sigma_data * x - sigma_data * eps) / (sigma**2 + sigma_data**2).sqrt()
     return F.mse_loss(output.float(), target)
@@ -142,7 +142,7 @@ def discriminative_loss(student, teacher, center, tau_s, tau_t):
 
 
 def teacher_temperature(epoch, first=0.09, last=0.099, epochs=5):
-    """Linear from `first` in epoch 0 to `last` in epoch epochs - 1, then constant."""
+    """Linear from `first` in epoch 0 to `last` in epoch `epochs` - 1, then constant."""
     return first + (last - first) * min(epoch / (epochs - 1), 1)
 
 
@@ -229,14 +229,14 @@ class Objective(nn.Module):
                 mean = torch.stack([teacher[:, 0].mean(0), teacher[:, 1:].mean((0, 1))])
                 self.seen += self.teacher_head.logits(mean)
             student = self.head(tokens)                                           # (N, 1 + V, B)
-            same = keep.unsqueeze(2).expand(-1, -1, student.shape[2])             # (N, V, B): patch by patch
+            index = keep.unsqueeze(2).expand(-1, -1, student.shape[2])            # (N, V, B): patch by patch
             student_patches = student[:, 1:].flatten(0, 1)                        # (M, B)
-            teacher_patches = teacher[:, 1:].gather(1, same).flatten(0, 1)
+            teacher_patches = teacher[:, 1:].gather(1, index).flatten(0, 1)
             tau_t = teacher_temperature(step // self.epoch_steps, *self.tau_range)
             loss_cls, cls_monitors = self.discriminate(student[:, 0], teacher[:, 0], self.centers[0], tau_t)
             loss_patch, monitors = self.discriminate(student_patches, teacher_patches, self.centers[1], tau_t)
             monitors["cls_entropy"] = cls_monitors["teacher_entropy"]
-            monitors["cls_batch_entropy"] = cls_monitors["batch_entropy"]         # not above: one CLS for all
+            monitors["cls_batch_entropy"] = cls_monitors["batch_entropy"]  # equals it if all CLS agree
             monitors["head_std"] = student_patches.detach().std(0).mean() * student.shape[2] ** 0.5
         loss = loss_edm + self.weight * (loss_cls + loss_patch)
         losses = {"loss": loss, "loss_edm": loss_edm, "loss_cls": loss_cls, "loss_patch": loss_patch}
@@ -274,9 +274,9 @@ class Objective(nn.Module):
         self.centers.lerp_(torch.where(mean.isfinite(), mean, self.centers), 0.1)  # a step may be skipped
         self.seen.zero_()
         m = teacher_momentum(step, self.steps, *self.momenta)
-        for ours, source in ((self.teacher, self.model), (self.teacher_head, self.head)):
-            trained = dict(source.named_parameters())
-            pairs = [(average, trained[name]) for name, average in ours.named_parameters()]
+        for teacher, student in ((self.teacher, self.model), (self.teacher_head, self.head)):
+            trained = dict(student.named_parameters())
+            pairs = [(average, trained[name]) for name, average in teacher.named_parameters()]
             torch._foreach_lerp_(*zip(*pairs, strict=True), 1 - m)
 
     def warn(self, row):

@@ -357,6 +357,13 @@ def test_positions_of_another_resolution():
         assert torch.equal(table[0].view(8, 8, width)[::2, ::2].reshape(16, width), expected)
 
 
+@pytest.mark.parametrize("arch, options", ARCHS)
+def test_qk_norm_is_in_every_block(arch, options):
+    model = arch(**options, qk_norm=True)
+    blocks = [block for block in model.modules() if isinstance(block, dit.DiTBlock)]
+    assert all(isinstance(block.attn.q_norm, torch.nn.LayerNorm) for block in blocks)
+
+
 def test_shift_time():
     """Check values for s = 2, SNR / s^2, and that a model weighs the size by the time before the shift."""
     t = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)

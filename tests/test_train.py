@@ -663,6 +663,36 @@ def test_a_second_doubling_counts_from_the_first_grid(small_npz, cache, tmp_path
     assert (third["config"]["pos_base"], third["config"]["time_shift"]) == (4, 4)
 
 
+def test_positions_are_not_inherited(cache, tmp_path):
+    """--pos-base on the grid of the checkpoint: positions of that base, all else from the checkpoint."""
+    low = train(cache, tmp_path / "low", script=train_sddit)
+    init = ["--init", tmp_path / "low" / "last.pt", "--pos-base", 8, "--steps", 1, "--lr", 0]
+    own = train(cache, tmp_path / "own", *init, script=train_sddit)
+    changed = {name for name, value in low["ema"].items() if not torch.equal(own["model"][name], value)}
+    assert changed == {"pos_embed", "decoder_pos_embed"}
+    expected = dit.sincos_positions(4, own["model"]["pos_embed"].shape[-1], base=8)
+    np.testing.assert_allclose(own["model"]["pos_embed"][0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("script", [train_repa, train_diversedit], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_a_few_images_are_enough(small_npz, tmp_path, script, images):
+    """Too few for the diagnostic of a picture: the run goes on without it."""
+    extract(small_npz, tmp_path / "few", "--limit", images)
+    options = ["--steps", 2, "--batch-size", 1, "--sample-every", 1, "--log-every", 1]
+    train(tmp_path / "few", tmp_path / "run", *options, script=script)
+    for row in rows(tmp_path / "run"):
+        assert all(math.isfinite(v) for value in row.values() for v in flat(value)), row
+    assert len(list((tmp_path / "run").glob("samples-*.png"))) == 2
+
+
+def flat(value):
+    """The numbers in a number, or in a dict of lists or numbers."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [x for v in value for x in flat(v)] if isinstance(value, list) else [value]
+
+
 def test_transfer_needs_the_same_tokens(cache, tmp_path, monkeypatch):
     options = ["--steps", 1, "--repa-weight", 0, "--model", "nano/4"]
     train(cache, tmp_path / "low", *options)
