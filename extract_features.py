@@ -30,10 +30,10 @@ import io
 import json
 import math
 import os
-import posixpath
 import shutil
 import socket
 import sys
+import urllib.parse
 import urllib.request
 import zipfile
 from collections import Counter, OrderedDict
@@ -41,7 +41,6 @@ from datetime import timedelta
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import huggingface_hub
 import numpy as np
@@ -123,13 +122,12 @@ def start_folder(folder, file, description, arrays, parts, ignore=(), copies=1):
     """Create a folder of empty arrays to be filled part by part, or check the one that is there.
 
     folder/file: `description` as JSON; arrays: name -> dict(shape, dtype); progress.npy: a flag for each of
-    `parts`, made last. ignore: keys of the description that may differ. copies: for how many of them the
-    disk must have room. Returns the folder's lock. ValueError if the folder is foreign or damaged, or the
-    disk too small.
+    the `parts` parts, made last. ignore: keys of the description that may differ. copies: of the arrays, for
+    which the disk must have room. Returns the folder's lock. ValueError if the folder is foreign or damaged,
+    or the disk too small.
     """
     if folder.exists() and not (folder / file).exists():
-        foreign = {path.name for path in folder.iterdir()} - {".lock", f"{file}.tmp"}
-        if foreign:
+        if foreign := {path.name for path in folder.iterdir()} - {".lock", f"{file}.tmp"}:
             raise ValueError(f"{folder} holds other files, such as {min(foreign)}; choose another --out")
     lock, progress = lock_folder(folder), folder / "progress.npy"
     if (folder / file).exists():
@@ -158,7 +156,7 @@ def start_folder(folder, file, description, arrays, parts, ignore=(), copies=1):
             open_memmap(path, mode="w+", shape=tuple(array["shape"]), dtype=array["dtype"])
     except OSError as error:
         raise OSError(f"{path}: {error.strerror}") from None
-    os.replace(path, progress)
+    os.replace(folder / "progress.tmp.npy", progress)
     return lock
 
 
@@ -238,12 +236,11 @@ class Images:
             self._read_header()
         else:
             self._list_files()
-        self.rows = np.arange(len(self.labels))
-        if limit is not None:
-            if limit > len(self.rows):
-                raise ValueError(f"--limit {limit}: the source has {len(self.rows)} images")
-            self.rows = self.rows[np.linspace(0, len(self.rows) - 1, limit).astype(int)]
-            self.labels = self.labels[self.rows]
+        count = len(self.labels)
+        if (limit or count) > count:
+            raise ValueError(f"--limit {limit}: the source has {count} images")
+        self.rows = np.linspace(0, count - 1, limit or count).astype(int)
+        self.labels = self.labels[self.rows]
 
     def _read_header(self):
         expected = "it needs arr_0, uint8 [N, H, W, 3] in C order, and arr_1, N class indices >= 0"
@@ -282,13 +279,13 @@ class Images:
         images = {name for name in names if name.lower().endswith(IMAGE_SUFFIXES)}
         images = sorted(images, key=lambda name: name.split("/"))
         above = {name: "/".join(name.split("/")[:-2]) for name in images}  # the folder of the class folders
-        root = posixpath.commonpath(above.values()) if images and self.source.is_file() else ""
+        root = os.path.commonpath(above.values()) if images and self.source.is_file() else ""
         if deep := Counter(folder for folder in above.values() if folder != root):
             meant, _ = deep.most_common(1)[0]
             example = next(name for name in images if above[name] == meant)
             remedy = f"did you mean {self.source / meant}?"
             raise ValueError(f"--data {self.source}: {example} lies deeper than class/file; {remedy}")
-        self.prefix = posixpath.join(root, "")
+        self.prefix = os.path.join(root, "")
         names = [name.removeprefix(self.prefix) for name in names if name.startswith(self.prefix)]
         self.paths = [name.removeprefix(self.prefix) for name in images]
         if loose := [name for name in self.paths if "/" not in name]:
@@ -476,7 +473,7 @@ def read_weights(path):
 def check_hub():
     """Where the hub does not answer, use only its local cache: its client would try again for a minute."""
     hub = huggingface_hub.constants
-    address = urlsplit(hub.ENDPOINT)
+    address = urllib.parse.urlsplit(hub.ENDPOINT)
     if not urllib.request.getproxies():
         try:
             port = address.port or {"http": 80}.get(address.scheme, 443)
@@ -681,10 +678,9 @@ class CachedFeatures(Dataset):
         with reading(f"{path / 'meta.json'}: damaged", "delete the folder and extract it again"):
             check_meta(meta)
         if not meta["complete"]:
-            raise ValueError(f"{path}: the cache is incomplete; run the same command again to complete it")
+            raise ValueError(f"{path}: the cache is incomplete; run the same extraction again to complete it")
         names = ["moments", "labels"] + ["control"] * bool(control) + ["targets"] * bool(targets)
-        missing = [name for name in names if name not in meta["arrays"]]
-        if missing:
+        if missing := [name for name in names if name not in meta["arrays"]]:
             remedy = "extract it with an --encoder" if missing[0] == "targets" else "extract it again"
             raise ValueError(f"{path}: the cache has no {missing[0]}; {remedy}")
         self.arrays = {name: open_array(path / f"{name}.npy", **meta["arrays"][name]) for name in names}
@@ -766,8 +762,8 @@ class Views(Dataset):
     """Item i: `image_views` of image i and "", or of a black image and why image i is unreadable (an
     exception would leave a loader process as a traceback)."""
 
-    def __init__(self, images, image_size, flip, crops, seed):
-        self.images, self.seed, self.options = images, seed, (image_size, flip, crops)
+    def __init__(self, images, args):
+        self.images, self.seed, self.options = images, args.seed, (args.image_size, args.flip, args.crops)
 
     def __getitem__(self, i):
         try:
@@ -783,12 +779,11 @@ def extract(out, meta, images, autoencoder, encoder, args, rank, world, device):
     done, size = open_memmap(out / "progress.npy", mode="r"), meta["chunk"]
     chunks = [chunk for chunk in np.flatnonzero(done == 0).tolist() if chunk % world == rank]
     order = [range(chunk * size, min((chunk + 1) * size, meta["count"])) for chunk in chunks]
-    views = Views(images, meta["image_size"], args.flip, args.crops, args.seed)
-    loader = DataLoader(views, batch_sampler=order, num_workers=args.workers)
+    loader = DataLoader(Views(images, args), batch_sampler=order, num_workers=args.workers)
     files = {name: ArrayFile(out / f"{name}.npy") for name in [*meta["arrays"], "progress"]}
-    interval = 0.1 if sys.stderr.isatty() else 30  # seconds between two states of the bar
-    bar = tqdm(total=meta["count"], unit="img", disable=rank > 0, mininterval=interval, miniters=1)
-    bar.update(min(int(done.sum()) * size, meta["count"]))
+    start, pause = min(int(done.sum()) * size, meta["count"]), 0.1 if sys.stderr.isatty() else 30  # seconds
+    options = dict(initial=start, mininterval=pause, miniters=1)
+    bar = tqdm(total=meta["count"], unit="img", disable=rank > 0, **options)
     for chunk, indices, (pixels, control, errors) in zip(chunks, order, loader, strict=True):
         labels = torch.from_numpy(images.labels[indices])
         for i, error in enumerate(errors):

@@ -106,9 +106,8 @@ class PixelFeatures(torch.nn.Module):
 # ---- metrics: pure functions
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Squared Frechet distance (arXiv 1706.08500, eq. 6): mu [D], sigma [D, D] -> float, or ValueError."""
-    given = (mu1, sigma1, mu2, sigma2)
-    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in given)
-    shapes = [tuple(x.shape) for x in (mu1, sigma1, mu2, sigma2)]
+    given = [torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in (mu1, sigma1, mu2, sigma2)]
+    shapes, (mu1, sigma1, mu2, sigma2) = [tuple(x.shape) for x in given], given
     if shapes != [(len(mu1),), (len(mu1), len(mu1))] * 2:
         raise ValueError(f"frechet_distance needs shapes (D,), (D, D), (D,), (D, D), got {shapes}")
     # official code: sqrtm(S1 S2) / here: eigenvalues of R^T S2 R with S1 = R R^T, the same but for zeros,
@@ -265,7 +264,7 @@ def open_side(path, args):
     with naming(path, "make it again with --stats"):
         arrays = iter([side.extra[name].astype(np.float64) for name in STATISTICS if name in side.extra])
         for d, mu, sigma in zip(widths, arrays, arrays, strict=False):
-            # above 1e100, products overflow; not to be written as > 1e100, because of NaN
+            # products of larger ones overflow; "not max < 1e100" because that refuses NaN as well
             if (mu.shape, sigma.shape) != ((d,), (d, d)) or not np.abs(np.vstack([mu, sigma])).max() < 1e100:
                 raise ValueError(f"{STATISTICS} are not finite arrays of shape ({d},) and ({d}, {d})")
             side.stored.append((mu, sigma))
@@ -300,7 +299,7 @@ def load_weights(model, path):
 
 # ---- features and report
 def measure(side, model, args, rank, world):
-    """Sets the features of a side, each kind [N, D], but with --stats, and its statistics, unless stored."""
+    """Sets side.features, one [N, D] per kind, unless args.stats, and side.statistics, unless stored."""
     n, size = side.shape[0], args.batch_size
     steps = range(n * rank // world, n * (rank + 1) // world, size)  # rows stay in file order, for IS
     if not args.stats:
@@ -383,7 +382,7 @@ def report(sides, model, weights, args, world):
         labelled = side in sets and labels.shape == (n,) and labels.dtype.kind in "iu"
         ascending = labelled and len(np.unique(labels)) > 1 and (labels == np.sort(labels)).all()
         for wrong, message in (
-            (not side.stored and n < 50_000, f"{n} images; the fewer, the higher is FID; papers use 50,000"),
+            (not side.stored and n < 50_000, f"{n} images; the fewer, the higher the FID; papers use 50,000"),
             (len(side.stored) == 1, "no mu_s and sigma_s, which sFID needs; --stats writes them"),
             (ascending, "sorted by class, which makes the Inception Score far too low"),
         ):
@@ -413,17 +412,17 @@ def parse_args(argv=None):
     args = parser.parse_intermixed_args(argv)
     output, inputs = args.out or args.json, [path.resolve() for path in (*args.paths, args.weights) if path]
     flag, size = "--out" if args.out else "--json", args.image_size
-    free = output and output.is_file() == output.exists() and os.access(f"{output.parent}/", os.W_OK)
+    writable = output and output.is_file() == output.exists() and os.access(f"{output.parent}/", os.W_OK)
     proper = args.stats and len(args.paths) == 1 and not args.json and args.features == "inception"
     for wrong, message in (
         (args.batch_size < 1, f"--batch-size {args.batch_size} must be above 0"),
         (size is not None and not 1 <= size <= 4096, f"--image-size {size} must be above 0, at most 4096"),
         (not args.stats and len(args.paths) < 2, "give REF and SAMPLES, or --stats IMAGES --out REF.npz"),
         (args.stats and not proper, "--stats takes one set of images, no --json, no --features pixels"),
-        (args.stats != bool(args.out), "--stats IMAGES and --out REF.npz need each other; see --json, too"),
+        (args.stats != bool(args.out), "--stats IMAGES and --out REF.npz need each other; see also --json"),
         (args.out and args.out.suffix != ".npz", f"--out {args.out}: must end in .npz"),
         (output and output.resolve() in inputs, f"{flag} {output}: is an input as well; name another file"),
-        (output and not free, f"{flag} {output}: cannot be written; name a file in an existing folder"),
+        (output and not writable, f"{flag} {output}: cannot be written; name a file in an existing folder"),
     ):
         if wrong:
             fail(message)

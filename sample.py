@@ -9,7 +9,7 @@ Image i depends on (seed, i) alone. A run that was killed continues with the sam
     flow matching   x_t = (1 - t) x + t eps, t = 0 data, t = 1 noise; predicts v = eps - x  (arXiv 2410.06940)
       ode, heun     dx/dt = v
       sde           dx = (v - t s) dt + sqrt(2t) dw, score s = -((1 - t) v + x) / t         (arXiv 2401.08740)
-    EDM             x_sigma = x + sigma eps; predicts F of D = c_skip x + c_out F           (arXiv 2206.00364)
+    EDM             x_sigma = x + sigma eps; predicts F of D = c_skip x_sigma + c_out F     (arXiv 2206.00364)
       edm           dx/dsigma = (x - D) / sigma, Heun's method; the only sampler of SD-DiT checkpoints
 
 Shapes in the right margin: N batch, C, H, W latent channels, height, width.
@@ -88,7 +88,7 @@ def flow_sde(model, x, times, noise):
 def edm_heun(denoiser, x, sigmas):
     """EDM's deterministic sampler along `sigmas` (see edm_sigmas) from standard normal noise x [N, C, H, W].
 
-    denoiser(x, sigma) -> D. Heun's method for dx/dsigma: 2 K - 1 evaluations. Returns float64.
+    denoiser(x, sigma) -> D. Heun's method: two evaluations a step, one in the last. Returns float64.
     """
     x = x.double() * sigmas[0].item()
     return flow_ode(lambda x, sigma: (x - denoiser(x, sigma).double()) / sigma, x, sigmas, heun=True)
@@ -236,7 +236,7 @@ def prove(checkpoint, resume):
         if not all(x.is_floating_point() and x.isfinite().all() for x in checkpoint[part].values()):
             raise ValueError(f"{part} is not finite")
     step, names, table = checkpoint["step"], data["classes"], checkpoint.get("control")
-    rows = list(table.shape) if torch.is_tensor(table) else table
+    rows = getattr(table, "shape", None)
     sound = dict(
         step=step >= 0 if isinstance(step, int) else step is None and not resume,
         args=all(isinstance(key, str) and not torch.is_tensor(x) for key, x in checkpoint["args"].items()),
@@ -245,7 +245,7 @@ def prove(checkpoint, resume):
         latent_scale=0 < abs(data["latent_scale"]) < math.inf,
         latent_shift=abs(data["latent_shift"]) < math.inf,
         classes=len(names) == model.num_classes and all(isinstance(name, str) for name in names),
-        control=rows == [len(names), 50, 7] if model.control_embedder else table is None,
+        control=rows == (len(names), 50, 7) if model.control_embedder else table is None,
     )
     for key in (key for key, good in sound.items() if not good):
         raise ValueError(f"{key} does not fit")
@@ -259,8 +259,8 @@ def checkpoint_file(path):
 def read_checkpoint(path, resume=False, official=None, noise=False):
     """The dict of a checkpoint or a run folder's last.pt, on the CPU; official files take the same form.
 
-    resume: it must have a step. official: see from_official. noise: accept NoiseDiT, which cannot be trained
-    here. ValueError, naming the file, if it is missing, damaged or another thing.
+    resume: it must also have heads, an optimiser state and a step. official: see from_official. noise: accept
+    NoiseDiT, which cannot be trained here. ValueError, naming the file, if it is missing, damaged or foreign.
     """
     path = checkpoint_file(path)
     if not os.path.isfile(path):
@@ -294,9 +294,8 @@ def read_run(folder, args, data, may_change):
     if Path(folder).is_file():
         raise ValueError(f"--out {folder}: is a file; choose a folder")
     if not path.exists():
-        found = {file.name for file in Path(folder).iterdir()} if Path(folder).is_dir() else set()
+        found = {file.name for file in Path(folder).glob("[!.]*") if file.suffix != ".png"}
         ours = {"run.json", "log.jsonl", "last.pt.tmp", "log.jsonl.tmp"} if "run.json" in found else set()
-        found = {name for name in found if name[0] != "." and name[-4:] != ".png"}
         if foreign := found - ours - {"run.json.tmp"}:
             raise ValueError(f"--out {folder} holds other files ({min(foreign)}); choose another --out")
         return None
@@ -316,9 +315,9 @@ def restore(checkpoint, objective, ema, optimizer):
         objective.load_state_dict(weights | checkpoint["heads"])
         ema.load_state_dict(checkpoint["ema"])
         optimizer.load_state_dict(checkpoint["opt"])
-        for weights, moments in optimizer.state.items():
+        for parameter, moments in optimizer.state.items():
             for name in ("exp_avg", "exp_avg_sq"):  # fused AdamW trusts them
-                if moments[name].shape != weights.shape or not moments[name].isfinite().all():
+                if moments[name].shape != parameter.shape or not moments[name].isfinite().all():
                     raise ValueError("the optimiser's state is damaged")
         if checkpoint["step"] and not optimizer.state:
             raise ValueError("the optimiser has no state")
@@ -356,7 +355,7 @@ def start_run(args, step, world, model):
 
 
 def write_row(path, row, bar):
-    """Append a row to log.jsonl and show the loss that all methods have in common, of noise or velocity."""
+    """Append a row to log.jsonl and show its denoising loss (loss_fm or loss_edm), else the total loss."""
     with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
     name = next(name for name in ("loss_fm", "loss_edm", "loss") if name in row)
@@ -404,7 +403,7 @@ def choose_sampler(model, sampler=None, steps=None):
     known, kind = (["edm"], "an EDM") if edm else (["ode", "heun", "sde"], "a flow-matching")
     sampler = sampler or known[0]
     if sampler not in known:
-        raise ValueError(f"--sampler {sampler}: the checkpoint is {kind} model, for {', '.join(known)}")
+        raise ValueError(f"--sampler {sampler}: the checkpoint is {kind} model; use {', '.join(known)}")
     if edm:
         return sampler, model.time_shift * edm_sigmas(steps or 40)
     grid, first = sde_times if sampler == "sde" else ode_times, getattr(model, "first_time", 1.0)
@@ -438,8 +437,7 @@ def decode(latents, autoencoder, data, indices=None):
     """
     images = autoencoder.decode(ef.to_autoencoder(latents, data).float())
     numbered = zip(indices or range(len(images)), images, strict=True)
-    bad = [str(i) for i, image in numbered if not image.isfinite().all()]
-    if bad:
+    if bad := [str(i) for i, image in numbered if not image.isfinite().all()]:
         found = f"{len(bad)} of {len(images)} images are not finite: {', '.join(bad)}"
         raise ValueError(f"{found}; try --precision fp32")
     return (images.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
@@ -491,8 +489,8 @@ def parse_args(argv=None):
     # torchrun before Python 3.12.7 takes --num for an ambiguous option of its own, but not --num-images
     add("--num", "--num-images", type=number(int, 1, 2**31), default=100, help="number of images")
     add("--out", type=Path, help="ADM .npz: arr_0 uint8 [N, H, W, 3], arr_1 labels, protocol")
-    add("--grid", type=Path, help="PNG with all images; a column per class where labels are balanced")
-    add("--labels", default="random", help="random, balanced, or classes: names without a comma, or indices")
+    add("--grid", type=Path, help="PNG with all images; a column per class if balanced, up to 20 classes")
+    add("--labels", default="random", help="random, balanced, or names or indices of classes: A,B")
     add("--control", type=control_row, default="empirical", help="fixed, none, or h0,w0,top,left,h,w,flip")
     add("--seed", type=number(int, 0), default=0, help="image i follows from the seed and i")
     add = parser.add_argument_group("sampler and guidance").add_argument
@@ -500,11 +498,11 @@ def parse_args(argv=None):
     add("--steps", type=number(int, 1, 10**6), help="default: 50, edm 40; REPA's numbers need sde with 250")
     add("--cfg", type=number(float, 1), default=1.0, help="guidance scale; no guidance at 1")
     add("--interval", type=number(float, 0), nargs=2, metavar=("LOW", "HIGH"), help="noise levels to guide")
-    add("--control-cfg", type=number(float, 0), metavar="BETA", help="guide class and control apart")
+    add("--control-cfg", type=number(float, 0), metavar="BETA", help="scale of the control, apart from --cfg")
     add("--guide", help="checkpoint of a weaker model: autoguidance instead of the null class")
     add = parser.add_argument_group("networks").add_argument
     add("--weights", choices=["ema", "model"], default="ema", help="averaged or raw weights")
-    add("--official", choices=["repa", "sit"], help="convention of an official file that does not tell")
+    add("--official", choices=["repa", "sit"], help="origin of an official file that does not show it")
     add("--vae", help="default: that of the cache; REPA's numbers need stabilityai/sd-vae-ft-ema")
     add("--batch-size", type=number(int, 1), default=64, help="images at once, per process")
     add("--precision", choices=["fp32", "bf16"], default="bf16" if cuda else "fp32", help="of the network")
@@ -539,8 +537,7 @@ def prepare(args, device):
     args.steps, args.vae = len(times) - 1, args.vae or data["vae"]
     if args.labels not in ("random", "balanced"):
         known = {str(i): i for i in range(model.num_classes)} | {x: i for i, x in enumerate(data["classes"])}
-        unknown = [name for name in args.labels.split(",") if name not in known]
-        if unknown:
+        if unknown := [name for name in args.labels.split(",") if name not in known]:
             classes = ", ".join(data["classes"][:9]) + ", ..." * (model.num_classes > 9)
             raise ValueError(f"--labels {unknown[0]}: classes are {classes}, or 0 to {model.num_classes - 1}")
         args.labels = [known[name] for name in args.labels.split(",")]
@@ -577,8 +574,8 @@ def sample_images(args):
     target = args.out or args.grid
     folder = target.with_name(target.name + ".partial")
     if rank == 0:
-        apart = ("out", "grid", "batch_size", "compile")  # the images do not depend on these
-        protocol = {key: value for key, value in vars(args).items() if key not in apart}
+        left_out = ("out", "grid", "batch_size", "compile")  # the images do not depend on these
+        protocol = {key: value for key, value in vars(args).items() if key not in left_out}
         protocol |= dict(checkpoint=file_hash(args.checkpoint), guide=args.guide and file_hash(args.guide))
         protocol |= dict(train_step=checkpoint["step"], ema=checkpoint["args"].get("ema"), rounding="nearest")
         protocol["first_noise_level"] = choose_sampler(model, args.sampler, args.steps)[1][0].item()
@@ -592,7 +589,7 @@ def sample_images(args):
     barrier()  # every rank has read the same `done` before any writes to it
     images, flags = (ef.ArrayFile(folder / f"{name}.npy") for name in ("images", "progress"))
     guidance = dict(scale=args.cfg, interval=args.interval, guide=guide, control_scale=args.control_cfg)
-    pause = 0.1 if sys.stderr.isatty() else 60  # seconds between two states of the bar; fewer in a log file
+    pause = 0.1 if sys.stderr.isatty() else 60  # seconds between two states of the bar; longer in a log file
     bar = tqdm(total=args.num, initial=int(done.sum()), unit="img", disable=rank > 0, mininterval=pause)
     for batch in batches:
         y = choose_labels(args.labels, batch, classes, args.seed)
@@ -633,8 +630,7 @@ def main(argv=None):
     try:
         sample_images(args)
     except (ValueError, OSError) as error:
-        where = "" if getattr(error, "filename", True) else f"{args.out or args.grid}: "  # of a full disk
-        sys.exit(f"sample.py: {where}{error}")
+        sys.exit(f"sample.py: {error}")
 
 
 if __name__ == "__main__":

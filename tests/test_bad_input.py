@@ -895,12 +895,21 @@ def test_no_permission(home, command):
         os.chmod(closed, mode)
 
 
-def test_some_flips():
-    """A few of the flips of `python tests/fuzz.py`: none crashes, none hangs."""
+def some_flips():
     with fuzz.small_nano():
         counts, reports = fuzz.fuzz(flips=len(fuzz.KINDS))
     assert not reports and counts.total() == len(fuzz.KINDS)
     assert sum(count for (_, verdict), count in counts.items() if verdict == "refused") > 8
+
+
+def test_some_flips(processes):
+    """A few of the flips of `python tests/fuzz.py`: none crashes, none hangs. In a process without threads of
+    autograd, because it forks."""
+    process = processes.Process(target=some_flips)
+    process.start()
+    process.join(120)
+    process.kill()
+    assert process.exitcode == 0
 
 
 @pytest.mark.parametrize("name", ["sample.py", "extract_features.py"])

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -444,6 +445,17 @@ DAMAGE = {
 def test_damaged_checkpoint(checkpoint, tmp_path, name):
     change, reason = DAMAGE[name]
     assert re.search(reason, damaged(checkpoint, tmp_path, change).split("bad.pt: ")[1])
+
+
+@pytest.mark.parametrize("table", [torch.zeros(3, 50, 7), [3, 50, 7], torch.zeros(3, 7), None])
+def test_the_control_table_is_a_tensor(checkpoint, tmp_path, table):
+    content = sample.read_checkpoint(checkpoint)
+    content["config"]["control"] = "cosine"
+    content["model"] = content["ema"] = dit.build(content["config"]).state_dict()
+    torch.save(content | {"control": table}, tmp_path / "control.pt")
+    sound = torch.is_tensor(table) and table.ndim == 3
+    with nullcontext() if sound else pytest.raises(ValueError, match="control.pt: .*control does not fit"):
+        sample.read_checkpoint(tmp_path / "control.pt")
 
 
 @pytest.mark.parametrize("key", ["opt", "heads", "step"])
