@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pickle
 import shutil
 import signal
@@ -11,7 +12,7 @@ from collections import namedtuple
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import run_ranks
 from PIL import Image
 
 import extract_features as ef
@@ -474,29 +475,32 @@ def test_int8_targets_keep_the_direction(small_npz, cache, tmp_path):
     assert torch.nn.functional.cosine_similarity(whole, small.float(), dim=-1).min() > 0.9995
 
 
-def test_cache_does_not_depend_on_ranks_or_a_kill(small_npz, tmp_path):
+def extract_and_die(command):
+    write, calls = ef.ArrayFile.write, []
+
+    def write_and_die(self, *args):
+        calls.append(write(self, *args))
+        if len(calls) == 17:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    ef.ArrayFile.write = write_and_die
+    ef.main(command)
+
+
+def test_cache_does_not_depend_on_ranks_or_a_kill(small_npz, tmp_path, processes):
     """Written by one process, or by one that is killed halfway and then two: the same bytes."""
-    command = ["extract_features.py", "--data", small_npz, "--image-size", 8, "--patch", 1, "--vae", "none"]
-    command += ["--encoder", "hog", "--batch-size", 8, "--workers", 0, "--out"]
+    command = "--image-size 8 --patch 1 --vae none --encoder hog --batch-size 8 --workers 0".split()
+    command += ["--data", str(small_npz), "--out", str(tmp_path / "two")]
     extract(small_npz, tmp_path / "one", "--patch", 1, "--batch-size", 8)
-    killer = """
-import os, signal, sys
-import extract_features as ef
-write, calls = ef.ArrayFile.write, []
-def write_and_die(self, *args):
-    calls.append(write(self, *args))
-    if len(calls) == 17:
-        os.kill(os.getpid(), signal.SIGKILL)
-ef.ArrayFile.write = write_and_die
-ef.main(sys.argv[2:])
-"""
-    killed = run("-c", killer, *command, tmp_path / "two", check=False)
-    assert killed.returncode == -signal.SIGKILL
+    killed = processes.Process(target=extract_and_die, args=(command,))
+    killed.start()
+    killed.join(60)
+    assert killed.exitcode == -signal.SIGKILL
     with pytest.raises(ValueError, match="incomplete; run the same"):
         ef.CachedFeatures(tmp_path / "two")
     done = np.load(tmp_path / "two" / "progress.npy")
     assert 0 < done.sum() < len(done)
-    run(*command, tmp_path / "two", processes=2)
+    run_ranks(processes, ef.main, command)
     one = contents(tmp_path / "one")
     assert set(one) == {"meta.json", "moments.npy", "labels.npy", "control.npy", "targets.npy"}
     assert contents(tmp_path / "two") == one

@@ -17,6 +17,7 @@ import pytest
 import scipy.linalg
 import torch
 from conftest import run as launch
+from conftest import run_ranks
 from golden_fid.images import FOLDER, images64, weights
 from PIL import Image
 
@@ -751,13 +752,13 @@ def test_bad_arguments(argv, message, tiny, tmp_path, monkeypatch):
 # ---- as a program
 
 
-def test_two_processes_equal_one(tmp_path):
+def test_two_processes_equal_one(tmp_path, processes):
     np.savez(tmp_path / "a.npz", arr_0=noise(11))
     np.savez_compressed(tmp_path / "b.npz", arr_0=noise(9, seed=1))
     argv = [str(tmp_path / "a.npz"), str(tmp_path / "b.npz"), *PIXELS]
     one = run(*argv, "--batch-size", 2, out=tmp_path)
     options = ("--batch-size", 2, "--device", "cpu", "--json", tmp_path / "two.json")
-    launch("fid.py", *argv, *options, processes=2)
+    run_ranks(processes, fid.main, [*argv, *map(str, options)])
     two = json.loads((tmp_path / "two.json").read_text())
     assert two["fid"] == pytest.approx(one["fid"], abs=1e-6)
     assert (two["precision"], two["recall"]) == (one["precision"], one["recall"])

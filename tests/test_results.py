@@ -86,17 +86,16 @@ def test_a_row_runs_and_is_resumed(tmp_path, monkeypatch):
     extract_features.extract_digits(tmp_path / "digits")
     results = []
     for row in rows:
-        for seed in (0, 1):
-            folder = tmp_path / f"{row}-{seed}"
-            digits.run((row, seed, folder))
-            before = (folder / "last.pt").stat().st_mtime_ns
-            digits.run((row, seed, folder))
-            assert (folder / "last.pt").stat().st_mtime_ns == before
-            results.append(json.loads((folder / "result.json").read_text()))
+        folder = tmp_path / f"{row}-0"
+        digits.run((row, 0, folder))
+        before = (folder / "last.pt").stat().st_mtime_ns
+        digits.run((row, 0, folder))
+        assert (folder / "last.pt").stat().st_mtime_ns == before
+        results.append(json.loads((folder / "result.json").read_text()))
     assert [point["step"] for point in results[0]["points"]] == [1, 2]
     assert results[0]["points"][1]["fd"] > results[0]["floor"] > 0
     assert results[0]["points"] != results[1]["points"]
-    text = digits.table(results)
+    text = digits.table([*results, *(result | {"seed": 1} for result in results)])
     assert "B - A" in text and text.count("| A |") == 3
     digits.draw_samples(tmp_path, 0, tmp_path / "samples.png")
     assert (tmp_path / "samples.png").stat().st_size > 1000

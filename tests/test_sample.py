@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import run, run_ranks
 from PIL import Image
 from tqdm import tqdm
 
@@ -302,11 +302,11 @@ def load(path):
         return file["arr_0"], file["arr_1"], json.loads(str(file["protocol"]))
 
 
-def test_image_i_is_the_same_for_any_batch_and_any_number_of_processes(checkpoint, tmp_path):
+def test_image_i_is_the_same_for_any_batch_and_any_number_of_processes(checkpoint, tmp_path, processes):
     options = f"{checkpoint} --num-images 15 --sampler sde --steps 8 --cfg 1.5 --interval 0 0.7 --out".split()
     for batch in (1, 7):
         sample.main([*options, str(tmp_path / f"{batch}.npz"), "--batch-size", str(batch)])
-    run("sample.py", *options, tmp_path / "two.npz", "--batch-size", 4, processes=2)
+    run_ranks(processes, sample.main, [*options, str(tmp_path / "two.npz"), "--batch-size", "4"])
     pixels, labels, protocol = load(tmp_path / "1.npz")
     assert pixels.shape == (15, 8, 8, 3) and pixels.dtype == np.uint8 and pixels.std() > 20
     assert len({image.tobytes() for image in pixels}) == 15
