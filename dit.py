@@ -283,9 +283,9 @@ class DiT(nn.Module):
         h, returned = torch.cat([classes, self.x_embedder(x) + self.pos_embed], dim=1), []
         for i, tokens in enumerate(self.run_blocks(h, c), start=1):
             if i in (return_blocks or ()):
-                returned.append(tokens[:, self.class_tokens :])                   # (N, T, D)
+                returned.append(tokens)                                           # (N, K + T, D)
         v = self.unpatchify(self.final_layer(tokens[:, self.class_tokens :], c))  # (N, C, H, W)
-        return v if return_blocks is None else (v, returned)
+        return v if return_blocks is None else (v, [z[:, self.class_tokens :] for z in returned])
 
 
 class LongResidual(nn.Module):
