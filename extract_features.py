@@ -781,9 +781,9 @@ def extract(out, meta, images, autoencoder, encoder, args, rank, world, device):
     order = [range(chunk * size, min((chunk + 1) * size, meta["count"])) for chunk in chunks]
     loader = DataLoader(Views(images, args), batch_sampler=order, num_workers=args.workers)
     files = {name: ArrayFile(out / f"{name}.npy") for name in [*meta["arrays"], "progress"]}
-    start, pause = min(int(done.sum()) * size, meta["count"]), 0.1 if sys.stderr.isatty() else 30  # seconds
-    options = dict(initial=start, mininterval=pause, miniters=1)
-    bar = tqdm(total=meta["count"], unit="img", disable=rank > 0, **options)
+    total, start = meta["count"], min(int(done.sum()) * size, meta["count"])
+    pause = 0.1 if sys.stderr.isatty() else 30  # seconds between two states of the bar
+    bar = tqdm(total=total, initial=start, unit="img", disable=rank > 0, mininterval=pause, miniters=1)
     for chunk, indices, (pixels, control, errors) in zip(chunks, order, loader, strict=True):
         labels = torch.from_numpy(images.labels[indices])
         for i, error in enumerate(errors):

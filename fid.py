@@ -107,7 +107,8 @@ class PixelFeatures(torch.nn.Module):
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Squared Frechet distance (arXiv 1706.08500, eq. 6): mu [D], sigma [D, D] -> float, or ValueError."""
     given = [torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in (mu1, sigma1, mu2, sigma2)]
-    shapes, (mu1, sigma1, mu2, sigma2) = [tuple(x.shape) for x in given], given
+    mu1, sigma1, mu2, sigma2 = given
+    shapes = [tuple(x.shape) for x in given]
     if shapes != [(len(mu1),), (len(mu1), len(mu1))] * 2:
         raise ValueError(f"frechet_distance needs shapes (D,), (D, D), (D,), (D, D), got {shapes}")
     # official code: sqrtm(S1 S2) / here: eigenvalues of R^T S2 R with S1 = R R^T, the same but for zeros,

@@ -127,6 +127,15 @@ def processes():
         yield context
 
 
+def exit_code(processes, function, *arguments):
+    """Of a process of its own that calls function(*arguments)."""
+    process = processes.Process(target=function, args=arguments)
+    process.start()
+    process.join(120)
+    process.kill()
+    return process.exitcode
+
+
 def become_rank(rank, world, port, function, arguments):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

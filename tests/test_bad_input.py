@@ -24,6 +24,7 @@ import fuzz
 import numpy as np
 import pytest
 import torch
+from conftest import exit_code
 from PIL import Image
 
 LOCKS = (".lock", "*/.lock")  # empty files
@@ -905,11 +906,7 @@ def some_flips():
 def test_some_flips(processes):
     """A few of the flips of `python tests/fuzz.py`: none crashes, none hangs. In a process without threads of
     autograd, because it forks."""
-    process = processes.Process(target=some_flips)
-    process.start()
-    process.join(120)
-    process.kill()
-    assert process.exitcode == 0
+    assert exit_code(processes, some_flips) == 0
 
 
 @pytest.mark.parametrize("name", ["sample.py", "extract_features.py"])

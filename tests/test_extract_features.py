@@ -12,7 +12,7 @@ from collections import namedtuple
 import numpy as np
 import pytest
 import torch
-from conftest import run_ranks
+from conftest import exit_code, run
 from PIL import Image
 
 import extract_features as ef
@@ -492,15 +492,12 @@ def test_cache_does_not_depend_on_ranks_or_a_kill(small_npz, tmp_path, processes
     command = "--image-size 8 --patch 1 --vae none --encoder hog --batch-size 8 --workers 0".split()
     command += ["--data", str(small_npz), "--out", str(tmp_path / "two")]
     extract(small_npz, tmp_path / "one", "--patch", 1, "--batch-size", 8)
-    killed = processes.Process(target=extract_and_die, args=(command,))
-    killed.start()
-    killed.join(60)
-    assert killed.exitcode == -signal.SIGKILL
+    assert exit_code(processes, extract_and_die, command) == -signal.SIGKILL
     with pytest.raises(ValueError, match="incomplete; run the same"):
         ef.CachedFeatures(tmp_path / "two")
     done = np.load(tmp_path / "two" / "progress.npy")
     assert 0 < done.sum() < len(done)
-    run_ranks(processes, ef.main, command)
+    run("extract_features.py", *command, processes=2)
     one = contents(tmp_path / "one")
     assert set(one) == {"meta.json", "moments.npy", "labels.npy", "control.npy", "targets.npy"}
     assert contents(tmp_path / "two") == one
