@@ -1,43 +1,55 @@
-"""Images -> cache: autoencoder latents, encoder targets, labels and crops, as memory-mapped .npy files.
+"""Images -> cache: autoencoder latents, encoder targets, labels and crops, in .safetensors files.
 
-    python extract_features.py --data tests/digits.npz --image-size 8 --patch 2 --vae none --encoder hog \\
-        --out features/digits
+    python extract_features.py --data tests/digits.npz --image-size 8 --patch 2 --vae none \\
+        --encoder hog --out features/digits
     torchrun --nproc_per_node=8 extract_features.py --data imagenet/train --out features/imagenet256
 
---data is a folder of class folders (class/*.jpg, png, webp), a .zip of one, or an ADM .npz (arr_0 uint8 NHWC,
-arr_1 labels). Any number of processes share the work. After a kill, the same command continues.
+--data is one of these:
+    a folder of class folders      class/*.jpg, png, webp
+    a folder with dataset.json     as StyleGAN, EDM2 and REPA write it; its labels are the classes
+    a .zip of either
+    an ADM .npz                    arr_0 uint8 [N, H, W, 3], arr_1 labels
+Any number of processes share the work. After a kill, the same command continues.
 
-The cache (--out), read back by `CachedFeatures`:
-    moments.npy  [N, V, 2C, h, w] float16    mean, then standard deviation (not log variance) of the latent
-    targets.npy  [N, V, T, F] float16, int8  encoder tokens, T = (h / patch)^2; absent with --encoder none
-    labels.npy   [N] int64                   index of the sorted class name; -1: unreadable, skipped
-    control.npy  [N, V, 7] int32             h0, w0, top, left, h, w, flip: the part of the image in the view
-    meta.json                                what made the cache, and whether it is complete
-N images, V views: the centre crop; with --flip its mirror image (which is encoded: mirroring the latent would
-not do); with --crops K, K random squares. Targets and control are those of the view.
+The cache (--out) is a folder that `CachedFeatures` reads. meta.json says what made it. Every 1,024
+images (--shard) are one file, named after the first of them: 00000000.safetensors and so on. A file
+is whole, or it is not there. Its tensors:
+    moments [n, V, 2C, h, w] float16    mean, then std (not log variance), of the latent
+    targets [n, V, T, F] float16, int8  encoder tokens, T = (h / patch)^2; none with --encoder none
+    labels  [n] int64                   index of the class
+    control [n, V, 7] int32             h0, w0, top, left, h, w, flip: what the view shows
+    index   [n] int64                   number of the image; only where --skip-bad left some out
+n images, V views: the centre crop; with --flip its mirror image (which is encoded: mirroring the
+latent would not do); with --crops K, K random squares. Targets and control are those of the view.
 
-REPA's encoders and timm's names. MAE and CLIP give their tokens before the final norm, the others after it:
-    dinov2-vit-b  vit_base_patch14_dinov2.lvd142m     dinov2reg-vit-b  vit_base_patch14_reg4_dinov2.lvd142m
-    dinov1-vit-b  vit_base_patch16_224.dino           mae-vit-l        vit_large_patch16_224.mae
-    jepa-vit-h    vit_huge_patch14_gap_224.in1k_ijepa clip-vit-L  vit_large_patch14_clip_quickgelu_224.openai
+REPA's encoders and timm's names. MAE and CLIP give their tokens before the final norm, the others
+after it:
+    dinov2-vit-b     vit_base_patch14_dinov2.lvd142m
+    dinov2reg-vit-b  vit_base_patch14_reg4_dinov2.lvd142m
+    dinov1-vit-b     vit_base_patch16_224.dino
+    mae-vit-l        vit_large_patch16_224.mae
+    jepa-vit-h       vit_huge_patch14_gap_224.in1k_ijepa
+    clip-vit-L       vit_large_patch14_clip_quickgelu_224.openai
 MoCo v3 is not in timm. SigLIP (vit_large_patch16_siglip_256.webli) is not in REPA's code.
+
+Shapes in the right margin: N images, V views, C, H, W channels, height, width, T = G^2 tokens on a
+G x G grid, F the width of a token.
 """
 
-import argparse
+import atexit
 import contextlib
-import fcntl
+import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
-import shutil
-import socket
+import signal
 import sys
-import urllib.parse
-import urllib.request
+import threading
 import zipfile
 from collections import Counter, OrderedDict
-from datetime import timedelta
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -50,341 +62,109 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from numpy.lib.format import open_memmap, read_array, read_array_header_1_0, read_magic
-from PIL import Image
+from PIL import ExifTags, Image
 from torch.utils.data import DataLoader, Dataset, default_convert
 from tqdm import tqdm
 
-FORMAT_VERSION = 1
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+import files
+from files import COUNT, UserError, explaining, number
 
+# ---- views of an image
 
-# ---- shared by the programs: command lines, files of a user, folders that one command fills
-class Parser(argparse.ArgumentParser):
-    """argparse that keeps the docstring's layout, shows every default, and reports an error in one line."""
-
-    class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-        def _get_help_string(self, action):
-            silent = action.default is None or action.default is False or "default" in (action.help or "")
-            return action.help if silent else super()._get_help_string(action)
-
-    def __init__(self, file, description):
-        super().__init__(prog=Path(file).name, description=description, formatter_class=self.Formatter)
-        self.register("action", "onoff", argparse.BooleanOptionalAction)
-
-    def error(self, message):
-        raise SystemExit(f"{self.prog}: {message}")
-
-
-def number(kind, low=-math.inf, high=math.inf, above=-math.inf):
-    """An argparse type: a finite int or float with low <= value <= high and value > above."""
-    limits = {"at least": low, "at most": high, "above": above}
-    wanted = " and ".join(f"{word} {limit}" for word, limit in limits.items() if math.isfinite(limit))
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            name = "an integer" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {name}") from None
-        if not (low <= value <= high and above < value < math.inf):
-            raise argparse.ArgumentTypeError(f"{text[:40]} must be {wanted or 'finite'}")
-        return value
-
-    return parse
-
-
-@contextlib.contextmanager
-def reading(what, remedy):
-    """Turn whatever a decoder raises on a damaged or foreign file into a ValueError of one line."""
-    try:
-        yield
-    except Exception as error:  # about ten types
-        reason = " ".join(str(error).split()).split(". ")[0][:200] or type(error).__name__
-        raise ValueError(f"{what} ({reason}); {remedy}") from None
-
-
-def lock_folder(folder):
-    """Create the folder and lock it until the result is closed or this process ends. ValueError if locked."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        remedy = "wait for it or choose another --out"
-        raise ValueError(f"{folder}: another process is writing there; {remedy}") from None
-    except OSError:
-        pass  # a file system without locks
-    return file
-
-
-def start_folder(folder, file, description, arrays, parts, ignore=(), copies=1):
-    """Create a folder of empty arrays to be filled part by part, or check the one that is there.
-
-    folder/file: `description` as JSON; arrays: name -> dict(shape, dtype); progress.npy: a flag for each of
-    the `parts` parts, made last. ignore: keys of the description that may differ. copies: of the arrays, for
-    which the disk must have room. Returns the folder's lock. ValueError if the folder is foreign or damaged,
-    or the disk too small.
-    """
-    if folder.exists() and not (folder / file).exists():
-        if foreign := {path.name for path in folder.iterdir()} - {".lock", f"{file}.tmp"}:
-            raise ValueError(f"{folder} holds other files, such as {min(foreign)}; choose another --out")
-    lock, progress = lock_folder(folder), folder / "progress.npy"
-    if (folder / file).exists():
-        found = read_json(folder / file)
-        for key in description:
-            if key not in ignore and found.get(key) != description[key]:
-                here = f"{key} is {found.get(key)!r:.80} there, {description[key]!r:.80} here"
-                remedy = "delete it or choose another name"
-                raise ValueError(f"{folder} holds the work of another command: {here}; {remedy}")
-        if progress.exists():
-            for name, array in arrays.items():
-                open_array(folder / f"{name}.npy", **array)
-            if open_array(progress, [parts], "uint8").max() > 1:
-                raise ValueError(f"{progress}: damaged; delete the folder and make it again")
-        if progress.exists() or found.get("complete"):
-            return lock
-    sizes = [math.prod(array["shape"]) * np.dtype(array["dtype"]).itemsize for array in arrays.values()]
-    size, free = copies * sum(sizes), shutil.disk_usage(folder).free
-    print(f"{folder}: needs {size / 1e9:.3f} GB, {free / 1e9:.1f} GB are free", flush=True)
-    if size > free:
-        raise ValueError(f"{folder}: needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
-    write_json(folder / file, description)
-    try:
-        for name, array in (arrays | {"progress.tmp": dict(shape=[parts], dtype="uint8")}).items():
-            path = folder / f"{name}.npy"
-            open_memmap(path, mode="w+", shape=tuple(array["shape"]), dtype=array["dtype"])
-    except OSError as error:
-        raise OSError(f"{path}: {error.strerror}") from None
-    os.replace(folder / "progress.tmp.npy", progress)
-    return lock
-
-
-def read_json(path):
-    """The dict in a JSON file. ValueError if there is none."""
-    with reading(f"{path}: damaged", "delete the folder and make it again"):
-        return dict(json.loads(path.read_text()).items())
-
-
-def replace_file(path, write):
-    """write(file) beside the old file, then rename it. SystemExit, and the old file whole, if that fails."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        reason = " ".join(str(cause).split())[:200]
-        sys.exit(f"cannot write {path} ({reason}); free some space and run the same command again")
-
-
-def write_json(path, value):
-    """Replace the file at once: a kill leaves the old one or the new one."""
-    replace_file(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
-
-
-def open_array(path, shape, dtype):
-    """Memory map of an .npy file. ValueError unless it holds this shape and dtype in C order."""
-    with reading(f"{path}: damaged", "delete the folder and make it again"):
-        array = open_memmap(path, mode="r")
-        whole = path.stat().st_size == array.offset + array.nbytes and array.flags.c_contiguous
-        if array.shape != tuple(shape) or array.dtype != dtype or not whole:
-            raise ValueError(f"{array.dtype} {list(array.shape)}, expected {dtype} {list(shape)} in C order")
-    return array
-
-
-class ArrayFile:
-    """Rows of an .npy file written in place with ordinary writes: they raise when the disk is full (a memory
-    map would kill the process) and do not touch the rows that other nodes write."""
-
-    def __init__(self, path):
-        array = open_memmap(path, mode="r")
-        self.offset, self.row, self.dtype = array.offset, array.strides[0], array.dtype
-        self.file = open(path, "r+b", buffering=0)
-
-    def write(self, start, rows):
-        data = memoryview(np.ascontiguousarray(rows, dtype=self.dtype)).cast("B")
-        try:
-            self.file.seek(self.offset + start * self.row)
-            while data:  # one call writes 2 GB at most
-                data = data[self.file.write(data) :]
-            os.fsync(self.file.fileno())
-        except OSError as error:
-            raise OSError(f"{self.file.name}: {error.strerror}") from None
-
-
-# ---- images
-class Images:
-    """A folder of class folders, a .zip of one, or an ADM .npz; `limit`: only so many images, evenly spread.
-
-    `images[i]` is an RGB PIL image, `labels[i]` its class, `classes` the names. Files are class/file, sorted
-    by path; a folder around everything in a .zip is left off; hidden files do not count. The classes of an
-    .npz are the numbers up to the largest label or, if that is 100,000 or more, the labels that occur.
-    ValueError for a source without usable images, and from `images[i]` for an unreadable one, which it names.
-    """
-
-    def __init__(self, source, limit=None):
-        self.source, self.file = Path(source), None
-        if not (self.source.is_file() or self.source.is_dir()):
-            raise ValueError(f"--data {source}: no such file or folder")
-        if self.source.suffix == ".npz":
-            self._read_header()
-        else:
-            self._list_files()
-        count = len(self.labels)
-        if (limit or count) > count:
-            raise ValueError(f"--limit {limit}: the source has {count} images")
-        self.rows = np.linspace(0, count - 1, limit or count).astype(int)
-        self.labels = self.labels[self.rows]
-
-    def _read_header(self):
-        expected = "it needs arr_0, uint8 [N, H, W, 3] in C order, and arr_1, N class indices >= 0"
-        with reading(f"--data {self.source}: no ADM .npz", expected), zipfile.ZipFile(self.source) as archive:
-            if damaged := archive.testzip():  # now, because images are read one by one
-                raise ValueError(f"wrong checksum of {damaged}")
-            with archive.open("arr_0.npy") as file:
-                read_magic(file)
-                self.shape, fortran_order, dtype = read_array_header_1_0(file)
-                self.start, size = file.tell(), archive.getinfo("arr_0.npy").file_size
-            whole = size - self.start == math.prod(self.shape) > 0
-            if dtype != np.uint8 or self.shape[3:] != (3,) or fortran_order or not whole:
-                raise ValueError(f"arr_0 is {dtype} {list(self.shape)}")
-            labels = np.zeros(self.shape[0], np.int64)
-            if "arr_1.npy" in archive.namelist():
-                labels = read_array(archive.open("arr_1.npy"), allow_pickle=False)
-            if labels.dtype.kind not in "iu" or labels.shape != self.shape[:1] or labels.min() < 0:
-                raise ValueError(f"arr_1 is {labels.dtype} {list(labels.shape)}")
-        if labels.max() < 100_000:
-            names, self.labels = range(int(labels.max()) + 1), labels.astype(np.int64)
-        else:
-            names, self.labels = np.unique(labels, return_inverse=True)
-        self.classes, self.paths = [str(name) for name in names], None
-
-    def _list_files(self):
-        if self.source.is_dir():
-            names = [f"{path.name}/" if path.is_dir() else path.name for path in self.source.iterdir()]
-            names += [path.relative_to(self.source).as_posix() for path in self.source.glob("*/**/*")]
-        else:
-            expected = "expected a folder of class folders, a .zip of one, or an ADM .npz"
-            with reading(f"--data {self.source}: no .zip", expected), zipfile.ZipFile(self.source) as archive:
-                names = archive.namelist()
-                if outside := [name for name in names if name.startswith("/") or ".." in name.split("/")]:
-                    raise ValueError(f"{outside[0]} points out of it")
-        names = [name for name in names if "/." not in f"/{name}" and not name.startswith("__MACOSX/")]
-        images = {name for name in names if name.lower().endswith(IMAGE_SUFFIXES)}
-        images = sorted(images, key=lambda name: name.split("/"))
-        above = {name: "/".join(name.split("/")[:-2]) for name in images}  # the folder of the class folders
-        root = os.path.commonpath(above.values()) if images and self.source.is_file() else ""
-        if deep := Counter(folder for folder in above.values() if folder != root):
-            meant, _ = deep.most_common(1)[0]
-            example = next(name for name in images if above[name] == meant)
-            remedy = f"did you mean {self.source / meant}?"
-            raise ValueError(f"--data {self.source}: {example} lies deeper than class/file; {remedy}")
-        self.prefix = os.path.join(root, "")
-        names = [name.removeprefix(self.prefix) for name in names if name.startswith(self.prefix)]
-        self.paths = [name.removeprefix(self.prefix) for name in images]
-        if loose := [name for name in self.paths if "/" not in name]:
-            raise ValueError(f"--data {self.source}: {loose[0]} is in no class folder; make one or go up one")
-        folders = [name.split("/")[0] for name in self.paths]
-        self.classes = sorted(set(folders))
-        empty = sorted({name.split("/")[0] for name in names if "/" in name}.difference(folders))
-        if empty or not images:
-            where = f"class folder {empty[0]!r}" if empty else "the source"
-            raise ValueError(f"--data {self.source}: {where} holds no image ({', '.join(IMAGE_SUFFIXES)})")
-        index = {name: label for label, name in enumerate(self.classes)}
-        self.labels = np.array([index[name] for name in folders], dtype=np.int64)
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
-        i = self.rows[i]
-        name = self.paths[i] if self.paths else i
-        remedy = "repair or remove it, or pass --skip-bad"
-        with reading(f"--data {self.source}: cannot read image {name}", remedy):
-            image = self._open(i).convert("RGB")
-            if max(image.size) >= 200 * min(image.size):  # scaled, it would fill the memory
-                raise ValueError(f"{image.width} x {image.height} pixels")
-            return image
-
-    def _open(self, i):
-        if self.source.is_dir():
-            if not (self.source / self.paths[i]).is_file():
-                raise ValueError("not a file")
-            return Image.open(self.source / self.paths[i])
-        if self.file is None:  # opened by the process that reads: a position in a file cannot be shared
-            archive = zipfile.ZipFile(self.source)
-            self.file = archive if self.paths else archive.open("arr_0.npy")
-        if self.paths:
-            member = self.file.getinfo(self.prefix + self.paths[i])
-            if member.file_size > 2**28:
-                raise ValueError(f"{member.file_size} bytes")
-            return Image.open(io.BytesIO(self.file.read(member)))  # its end checks the checksum
-        self.file.seek(self.start + int(i) * math.prod(self.shape[1:]))
-        pixels = np.frombuffer(self.file.read(math.prod(self.shape[1:])), np.uint8)
-        return Image.fromarray(pixels.reshape(self.shape[1:]))
+MOST_PIXELS = 2**28  # of a scaled image
 
 
 def center_crop(image, size):
     """ADM's preprocessing: the centred `size` x `size` square of a PIL image (arXiv 2105.05233).
 
     Halve with BOX while the short side is at least 2 size, scale it to `size` with BICUBIC, crop.
+    ValueError if the image is so narrow that the scaled one would fill the memory.
     """
     while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+        half = (image.width // 2, image.height // 2)
+        image = image.resize(half, Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
+    width = round(image.width * scale)
+    height = round(image.height * scale)
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels become {width} x {height}")
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left = (width - size) // 2
+    top = (height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
 def image_views(image, size, flip, crops, rng):
-    """The views of a PIL image as uint8 [V, 3, size, size], and their rows of control.npy: int32 [V, 7].
+    """The views of a PIL image, uint8 [V, 3, size, size], and their control, int32 [V, 7].
 
-    Random squares have 0.4 to 1 times the area of the centred one (arXiv 2411.03177; 0.4 is ours); with
-    `flip`, half of them are mirrored. Boxes are in pixels of the image before it is mirrored.
+    Random squares have 0.4 to 1 times the area of the centred one (arXiv 2411.03177; 0.4 is ours);
+    with `flip`, half of them are mirrored. Boxes are in pixels of the image before it is mirrored.
     """
-    (w0, h0), short = image.size, min(image.size)
-    center = center_crop(image, size), ((h0 - short) // 2, (w0 - short) // 2, short)
-    views = [(*center, False), (*center, True)][: 1 + flip]                       # square, box, mirrored?
+    w0, h0 = image.size
+    short = min(w0, h0)
+    center = center_crop(image, size)
+    box = ((h0 - short) // 2, (w0 - short) // 2, short)              # top, left, side
+    views = [(center, box, False)]
+    if flip:
+        views.append((center, box, True))
     for _ in range(crops):
         side = max(1, round(short * rng.uniform(0.4, 1) ** 0.5))
-        top, left = rng.integers(h0 - side, endpoint=True), rng.integers(w0 - side, endpoint=True)
-        square = center_crop(image.crop((left, top, left + side, top + side)), size)
-        views.append((square, (top, left, side), flip and rng.random() < 0.5))
-    pixels = [np.asarray(square)[:, ::-1] if mirror else np.asarray(square) for square, _, mirror in views]
-    control = [(h0, w0, top, left, side, side, mirror) for _, (top, left, side), mirror in views]
+        top = rng.integers(h0 - side, endpoint=True)
+        left = rng.integers(w0 - side, endpoint=True)
+        square = image.crop((left, top, left + side, top + side))
+        mirrored = flip and rng.random() < 0.5
+        views.append((center_crop(square, size), (top, left, side), mirrored))
+
+    pixels = []
+    control = []
+    for square, (top, left, side), mirrored in views:
+        array = np.asarray(square)                                   # (size, size, 3)
+        pixels.append(array[:, ::-1] if mirrored else array)
+        control.append((h0, w0, top, left, side, side, mirrored))
     return np.stack(pixels).transpose(0, 3, 1, 2), np.array(control, dtype=np.int32)
 
 
 # ---- autoencoders: pixels in [-1, 1] <-> latents
+
+
 class Pixels:
-    """`--vae none`: the pixels themselves are the latents, mean = pixel, standard deviation = 0."""
+    """`--vae none`: the pixels are the latents, mean = pixel, standard deviation = 0."""
 
-    channels, downsampling, scale, shift = 3, 1, 1.0, 0.0
+    channels = 3
+    downsampling = 1
+    scale = 1.0
+    shift = 0.0
 
-    def encode(self, images):                                                     # (N, 3, H, W) in [-1, 1]
+    def encode(self, images):                                        # (N, 3, H, W) in [-1, 1]
         return images, torch.zeros_like(images)
 
     def decode(self, latents):
         return latents
 
 
+def group_norm(channels):
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+def conv3(c_in, c_out):
+    return nn.Conv2d(c_in, c_out, 3, padding=1)
+
+
 class ResnetBlock(nn.Module):
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(32, c_in, eps=1e-6), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(32, c_out, eps=1e-6), nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.norm1 = group_norm(c_in)
+        self.conv1 = conv3(c_in, c_out)
+        self.norm2 = group_norm(c_out)
+        self.conv2 = conv3(c_out, c_out)
+        self.conv_shortcut = nn.Identity()
+        if c_in != c_out:
+            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
-        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.conv_shortcut(x) + h
 
 
 class AttentionBlock(nn.Module):
@@ -392,12 +172,14 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.group_norm = nn.GroupNorm(32, c, eps=1e-6)
-        self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
+        self.group_norm = group_norm(c)
+        self.to_q = nn.Linear(c, c)
+        self.to_k = nn.Linear(c, c)
+        self.to_v = nn.Linear(c, c)
         self.to_out = nn.Sequential(nn.Linear(c, c))
 
     def forward(self, x):
-        h = self.group_norm(x).flatten(2).mT.unsqueeze(1)                         # (N, 1, H W, C)
+        h = self.group_norm(x).flatten(2).mT.unsqueeze(1)            # (N, 1, H W, C)
         h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
         return x + self.to_out(h).squeeze(1).mT.reshape(x.shape)
 
@@ -409,499 +191,1024 @@ class MiddleBlock(nn.Module):
         self.attentions = nn.ModuleList([AttentionBlock(c)])
 
     def forward(self, x):
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+        x = self.resnets[0](x)
+        x = self.attentions[0](x)
+        return self.resnets[1](x)
 
 
-def coder(c_in, c_out, channels, up):
-    """The encoder or, with `up`, the decoder. Modules are named as in diffusers."""
-    widths, blocks, name = (channels[::-1], 3, "upsamplers") if up else (channels, 2, "downsamplers")
-    stages = nn.Sequential()
-    for i, (before, c) in enumerate(pairwise([widths[0], *widths])):
-        resnets = [ResnetBlock(before, c)] + [ResnetBlock(c, c) for _ in range(blocks - 1)]
-        stage = OrderedDict(resnets=nn.Sequential(*resnets))
-        resize = nn.Upsample(scale_factor=2.0) if up else nn.ZeroPad2d((0, 1, 0, 1))
-        conv = nn.Conv2d(c, c, 3, padding=1) if up else nn.Conv2d(c, c, 3, stride=2)
-        if i < len(widths) - 1:
-            stage[name] = nn.Sequential(nn.Sequential(OrderedDict(resize=resize, conv=conv)))
-        stages.append(nn.Sequential(stage))
-    middle = MiddleBlock(channels[-1])
-    stages = dict(mid_block=middle, up_blocks=stages) if up else dict(down_blocks=stages, mid_block=middle)
-    layers = OrderedDict(conv_in=nn.Conv2d(c_in, widths[0], 3, padding=1), **stages)
-    layers["conv_norm_out"], layers["act"] = nn.GroupNorm(32, widths[-1], eps=1e-6), nn.SiLU()
-    layers["conv_out"] = nn.Conv2d(widths[-1], c_out, 3, padding=1)
-    return nn.Sequential(layers)
+def named(**layers):
+    return nn.Sequential(OrderedDict(layers))
+
+
+def down_block(c_in, c_out, last):
+    block = named(resnets=nn.Sequential(ResnetBlock(c_in, c_out), ResnetBlock(c_out, c_out)))
+    if not last:
+        pad = nn.ZeroPad2d((0, 1, 0, 1))
+        conv = nn.Conv2d(c_out, c_out, 3, stride=2)
+        block.add_module("downsamplers", nn.Sequential(named(pad=pad, conv=conv)))
+    return block
+
+
+def up_block(c_in, c_out, last):
+    first = ResnetBlock(c_in, c_out)
+    resnets = nn.Sequential(first, ResnetBlock(c_out, c_out), ResnetBlock(c_out, c_out))
+    block = named(resnets=resnets)
+    if not last:
+        upsample = nn.Upsample(scale_factor=2.0)
+        conv = conv3(c_out, c_out)
+        block.add_module("upsamplers", nn.Sequential(named(upsample=upsample, conv=conv)))
+    return block
+
+
+def stack(block, widths):
+    """A block for each width. All but the last one change the resolution."""
+    blocks = nn.Sequential()
+    for i, (before, width) in enumerate(pairwise([widths[0], *widths])):
+        blocks.append(block(before, width, last=i == len(widths) - 1))
+    return blocks
+
+
+def conv_encoder(widths):
+    """Images [N, 3, H, W] -> [N, 8, H/8, W/8]. Modules are named as in diffusers."""
+    return named(
+        conv_in=conv3(3, widths[0]),
+        down_blocks=stack(down_block, widths),
+        mid_block=MiddleBlock(widths[-1]),
+        conv_norm_out=group_norm(widths[-1]),
+        act=nn.SiLU(),
+        conv_out=conv3(widths[-1], 8),
+    )
+
+
+def conv_decoder(widths):
+    """Latents [N, 4, h, w] -> images [N, 3, 8 h, 8 w]; widths from the latents to the images."""
+    return named(
+        conv_in=conv3(4, widths[0]),
+        mid_block=MiddleBlock(widths[0]),
+        up_blocks=stack(up_block, widths),
+        conv_norm_out=group_norm(widths[-1]),
+        act=nn.SiLU(),
+        conv_out=conv3(widths[-1], 3),
+    )
 
 
 class AutoencoderKL(nn.Module):
-    """Stable Diffusion's autoencoder (arXiv 2112.10752): images <-> latents of 4 channels, 1/8 of the side.
+    """Stable Diffusion's autoencoder (arXiv 2112.10752): images <-> latents, 1/8 of the side.
 
     sd-vae-ft-mse and sd-vae-ft-ema have the same encoder and different decoders.
     """
 
-    channels, downsampling, scale, shift = 4, 8, 0.18215, 0.0
+    channels = 4
+    downsampling = 8
+    scale = 0.18215
+    shift = 0.0
     pixels_at_once = 16 * 256 * 256  # a slice of the batch: 512 px fit a small GPU
 
-    def __init__(self, channels=(128, 256, 512, 512)):
+    def __init__(self, widths=(128, 256, 512, 512)):
         super().__init__()
-        self.encoder, self.quant_conv = coder(3, 8, channels, up=False), nn.Conv2d(8, 8, 1)
-        self.decoder, self.post_quant_conv = coder(4, 3, channels, up=True), nn.Conv2d(4, 4, 1)
+        self.encoder = conv_encoder(widths)
+        self.quant_conv = nn.Conv2d(8, 8, 1)
+        self.decoder = conv_decoder(widths[::-1])
+        self.post_quant_conv = nn.Conv2d(4, 4, 1)
         self.eval().requires_grad_(False)
 
     def slices(self, batch, side):
         return batch.split(max(1, self.pixels_at_once // side**2))
 
     def encode(self, images):
-        """Images [N, 3, H, W] in [-1, 1] -> mean and standard deviation [N, 4, H/8, W/8], not scaled."""
-        moments = [self.quant_conv(self.encoder(x)) for x in self.slices(images, max(images.shape[2:]))]
+        """Images [N, 3, H, W] in [-1, 1] -> mean and std [N, 4, H/8, W/8], not scaled."""
+        moments = []
+        for x in self.slices(images, max(images.shape[2:])):
+            moments.append(self.quant_conv(self.encoder(x)))
         mean, log_variance = torch.cat(moments).chunk(2, dim=1)
         return mean, torch.exp(0.5 * log_variance.clamp(-30, 20))
 
     def decode(self, latents):
         """Latents [N, 4, h, w], not scaled -> images [N, 3, 8 h, 8 w], about in [-1, 1]."""
-        parts = self.slices(latents, 8 * max(latents.shape[2:]))
-        return torch.cat([self.decoder(self.post_quant_conv(z)) for z in parts])
+        images = []
+        for z in self.slices(latents, 8 * max(latents.shape[2:])):
+            images.append(self.decoder(self.post_quant_conv(z)))
+        return torch.cat(images)
+
+
+def load_autoencoder(name, device="cpu"):
+    """The autoencoder of a hub repository, or of a local folder or file; Pixels for the name none.
+
+    The result has channels, downsampling, scale, shift, encode and decode; models see
+    (latent - shift) * scale. UserError if the weights cannot be had or are of another architecture.
+    """
+    if name == "none":
+        return Pixels()
+    autoencoder = AutoencoderKL()
+    path = find_autoencoder(name)
+
+    config = {}
+    if path.with_name("config.json").exists():
+        with explaining(f"--vae {name}: damaged config.json", "copy or download it again"):
+            config = dict(json.loads(path.with_name("config.json").read_text()))
+    kind = config.get("_class_name", "AutoencoderKL")
+    if kind != "AutoencoderKL":
+        raise UserError(f"--vae {name}: is of class {kind}; pass an AutoencoderKL")
+    autoencoder.scale = config.get("scaling_factor") or autoencoder.scale
+    autoencoder.shift = config.get("shift_factor") or autoencoder.shift
+
+    weights = read_weights(path)
+    what = f"--vae {name}: weights of another architecture"
+    with explaining(what, "pass those of Stable Diffusion's autoencoder"):
+        autoencoder.load_state_dict(modern_names(weights))
+    return autoencoder.to(device)
+
+
+OFFLINE = "HF_HUB_OFFLINE=1 skips the wait"
+
+
+def find_autoencoder(name):
+    """The path of the weights of a folder, a file or a hub repository."""
+    path = Path(name)
+    file = "diffusion_pytorch_model.safetensors"
+    if path.is_file():
+        return path
+    if path.is_dir():
+        return path / file
+    remedy = f"pass a folder or file with its {file}, or --vae none for pixels; {OFFLINE}"
+    with explaining(f"--vae {name}: cannot be downloaded", remedy):
+        huggingface_hub.hf_hub_download(name, "config.json")  # into the folder of the weights
+        return Path(huggingface_hub.hf_hub_download(name, file))
+
+
+def modern_names(weights):
+    """Older files name the layers of the attention otherwise and store them as 1x1 convolutions."""
+    renamed = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    state = {}
+    for key, value in weights.items():
+        for old, new in renamed.items():
+            key = key.replace(f"attentions.0.{old}.", f"attentions.0.{new}.")
+        if "attentions.0.to_" in key and value.ndim == 4:
+            value = value.flatten(1)
+        state[key] = value
+    return state
 
 
 def read_weights(path):
-    """The dict in a .safetensors or PyTorch file. ValueError if there is none."""
-    with reading(f"{path}: not readable as weights", "copy or download it again"):
+    """The dict in a .safetensors or PyTorch file. UserError if there is none."""
+    with explaining(f"{path}: not readable as weights", "copy or download it again"):
         if str(path).endswith(".safetensors"):
             return safetensors.torch.load_file(path)
         return dict(torch.load(path, map_location="cpu", weights_only=True).items())
 
 
-def check_hub():
-    """Where the hub does not answer, use only its local cache: its client would try again for a minute."""
-    hub = huggingface_hub.constants
-    address = urllib.parse.urlsplit(hub.ENDPOINT)
-    if not urllib.request.getproxies():
-        try:
-            port = address.port or {"http": 80}.get(address.scheme, 443)
-            socket.create_connection((address.hostname, port), timeout=3).close()
-        except OSError:
-            hub.HF_HUB_OFFLINE = True
-
-
-def load_autoencoder(name, device="cpu"):
-    """`name`: none, a hub repository, or a local folder or file with Stable Diffusion's autoencoder.
-
-    The result has channels, downsampling, scale, shift, encode, decode; models see (latent - shift) * scale.
-    ValueError if the weights cannot be had or are of another architecture.
-    """
-    if name == "none":
-        return Pixels()
-    path, file = Path(name), "diffusion_pytorch_model.safetensors"
-    if path.is_dir():
-        path = path / file
-    elif not path.is_file():
-        check_hub()
-        remedy = f"pass a folder or file with its {file}; a run with --sample-every 0 needs none"
-        with reading(f"--vae {name}: cannot be downloaded", remedy):
-            path = huggingface_hub.hf_hub_download(name, file)
-    weights, state, autoencoder = read_weights(path), {}, AutoencoderKL()
-    renamed = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # in older files
-    with reading(f"--vae {name}: weights of another architecture", "pass those of an SD autoencoder"):
-        for key, value in weights.items():
-            for old, new in renamed.items():
-                key = key.replace(f"attentions.0.{old}.", f"attentions.0.{new}.")
-            state[key] = value.flatten(1) if "attentions.0.to_" in key and value.ndim == 4 else value
-        autoencoder.load_state_dict(state)
-    return autoencoder.to(device)
-
-
 # ---- encoders: pixels -> one target vector per token
-class HOG:
-    """Histograms of oriented gradients (Dalal and Triggs, 2005), one vector for each cell of a grid.
 
-    Classical spatial features give part of REPA's gain (arXiv 2512.10794), need no weights and suit any image
-    size. A vector holds the histograms of the cell and of its eight neighbours, L2-normalised together with a
-    constant, so that a flat image gives a direction and not a zero vector.
+
+class HOG:
+    """Histograms of oriented gradients (Dalal and Triggs, 2005), a vector for each cell of a grid.
+
+    Classical spatial features give part of REPA's gain (arXiv 2512.10794), need no weights and suit
+    any image size. A vector holds the histograms of the cell and of its eight neighbours,
+    L2-normalised with a constant, so that a flat image gives a direction and not a zero vector.
     """
 
-    bins, floor = 9, 0.02
+    bins = 9
+    floor = 0.02
 
     def __init__(self, grid):
-        self.grid, self.widths = grid, [9 * self.bins + 1]
+        self.grid = grid
+        self.widths = [9 * self.bins + 1]
 
-    def __call__(self, images):                                                   # (N, 3, H, W) uint8
-        grey = F.pad(images.float().mean(1, keepdim=True) / 255, (1, 1, 1, 1), mode="replicate")
-        dx = (grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2]) / 2                     # (N, 1, H, W)
+    def __call__(self, images):                                      # (N, 3, H, W) uint8
+        grey = images.float().mean(1, keepdim=True) / 255
+        grey = F.pad(grey, (1, 1, 1, 1), mode="replicate")
+        dx = (grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2]) / 2        # (N, 1, H, W)
         dy = (grey[..., 2:, 1:-1] - grey[..., :-2, 1:-1]) / 2
-        angle = torch.atan2(dy, dx).remainder(torch.pi) / torch.pi * self.bins    # in bins, [0, bins]
+        angle = torch.atan2(dy, dx).remainder(torch.pi) / torch.pi * self.bins  # in [0, bins]
+
+        # each pixel votes for the two nearest of the bins, which are periodic
         centre = torch.arange(self.bins, device=images.device).view(1, -1, 1, 1)
-        distance = (angle - centre).abs()                                         # (N, bins, H, W)
-        distance = torch.minimum(distance, self.bins - distance)                  # orientations are periodic
-        votes = torch.hypot(dx, dy) * (1 - distance).clamp(min=0)                 # linear between two bins
-        cells = F.avg_pool2d(votes, images.shape[-1] // self.grid)                # (N, bins, G, G)
-        blocks = F.pad(cells, (1, 1, 1, 1), mode="replicate").unfold(2, 3, 1).unfold(3, 3, 1)
-        blocks = blocks.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)        # (N, T, 9 bins)
-        return F.normalize(F.pad(blocks, (0, 1), value=self.floor), dim=-1)       # (N, T, F)
+        distance = (angle - centre).abs()                            # (N, bins, H, W)
+        distance = torch.minimum(distance, self.bins - distance)
+        votes = torch.hypot(dx, dy) * (1 - distance).clamp(min=0)
+
+        cells = F.avg_pool2d(votes, images.shape[-1] // self.grid)   # (N, bins, G, G)
+        cells = F.pad(cells, (1, 1, 1, 1), mode="replicate")
+        blocks = cells.unfold(2, 3, 1).unfold(3, 3, 1)               # (N, bins, G, G, 3, 3)
+        blocks = blocks.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+        return F.normalize(F.pad(blocks, (0, 1), value=self.floor), dim=-1)  # (N, T, F)
 
 
 class ViT:
-    """Patch tokens of a frozen timm ViT on a grid x grid raster, as REPA takes them (arXiv 2410.06940).
+    """Patch tokens of a frozen timm ViT on a grid x grid raster, as in REPA (arXiv 2410.06940).
 
-    The image is normalised as in the encoder's training, then scaled to grid x patch pixels (bicubic, no
-    antialias); timm resamples the position table once (bicubic, antialias). Class and register tokens are
-    dropped. ValueError if weights cannot be had.
+    The image is normalised as in the encoder's training, then scaled to grid x patch pixels
+    (bicubic, no antialias); timm resamples the position table once (bicubic, antialias). Class and
+    register tokens are dropped. UserError if weights cannot be had.
     """
 
     def __init__(self, name, grid, weights=None, device="cpu"):
         quick = name.replace("_clip_", "_clip_quickgelu_")
         if quick != name and quick in timm.list_models(pretrained=True):
-            raise ValueError(f"--encoder {name}: these weights need QuickGELU; pass {quick}")
-        what, remedy = f"--encoder {name}: not a ViT that timm knows", "see timm.list_models('vit*')"
-        with reading(what, remedy), torch.device("meta"):
+            raise UserError(f"--encoder {name}: these weights need QuickGELU; pass {quick}")
+        unknown = (f"--encoder {name}: not a ViT that timm knows", "see timm.list_models('vit*')")
+        with explaining(*unknown), torch.device("meta"):
             patch = timm.create_model(name).patch_embed.patch_size[0]
-        options = dict(num_classes=0, img_size=grid * patch)
-        if weights:
-            options["pretrained_cfg_overlay"] = {"state_dict": read_weights(weights)}
-            failure = f"--encoder-weights {weights}: not weights of {name}", "pass its own"
-        else:
-            check_hub()
-            failure = f"--encoder {name}: its weights cannot be downloaded", "pass --encoder-weights FILE"
-        with reading(*failure):
-            self.model = timm.create_model(name, pretrained=True, **options)
-            twin = timm.create_model(name, pretrained=True, **options).state_dict() if weights else {}
-            # timm leaves at random what a file lacks, so that a second loading differs
-            if not all(torch.equal(value, self.model.state_dict()[key]) for key, value in twin.items()):
-                raise ValueError("some are missing")
-        self.model.to(device).eval().requires_grad_(False)
-        self.side, self.widths, self.device = grid * patch, [self.model.embed_dim], torch.device(device)
-        self.norm = not any(family in name for family in (".mae", "_clip_"))
+        self.side = grid * patch
+        self.device = torch.device(device)
+        self.model = load_vit(name, self.side, weights).to(device).eval().requires_grad_(False)
+        self.widths = [self.model.embed_dim]
+        self.norm = not (".mae" in name or "_clip_" in name)
         config = timm.data.resolve_model_data_config(self.model)
-        self.mean, self.std = (torch.tensor(config[k], device=device).view(3, 1, 1) for k in ("mean", "std"))
-        with reading(what, remedy):
-            self(torch.zeros(1, 3, 8, 8, dtype=torch.uint8, device=device)).view(grid**2, *self.widths)
+        self.mean = torch.tensor(config["mean"], device=device).view(3, 1, 1)
+        self.std = torch.tensor(config["std"], device=device).view(3, 1, 1)
+        with explaining(*unknown):
+            black = torch.zeros(1, 3, 8, 8, dtype=torch.uint8, device=device)
+            self(black).view(grid**2, *self.widths)
 
-    def __call__(self, images):                                                   # (N, 3, H, W) uint8
+    def __call__(self, images):                                      # (N, 3, H, W) uint8
         x = (images.float() / 255 - self.mean) / self.std
         x = F.interpolate(x, size=(self.side, self.side), mode="bicubic")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            options = dict(indices=1, norm=self.norm, output_fmt="NLC", intermediates_only=True)
-            return self.model.forward_intermediates(x, **options)[0].float()      # (N, T, F)
+            [tokens] = self.model.forward_intermediates(
+                x, indices=1, norm=self.norm, output_fmt="NLC", intermediates_only=True
+            )
+        return tokens.float()                                        # (N, T, F)
+
+
+def load_vit(name, side, file=None):
+    """A timm ViT for images of `side` pixels, with the hub's weights or those of a file."""
+    options = {"pretrained": True, "num_classes": 0, "img_size": side}
+    if file is None:
+        what = f"--encoder {name}: its weights cannot be downloaded"
+        with explaining(what, f"pass --encoder-weights FILE; {OFFLINE}"):
+            return timm.create_model(name, **options)
+
+    weights = read_weights(file)
+    with explaining(f"--encoder-weights {file}: not weights of {name}", "pass its own"):
+        overlay = {"state_dict": dict(weights)}
+        model = timm.create_model(name, pretrained_cfg_overlay=overlay, **options)
+        # timm leaves at random what a file lacks: compare the names, after its own conversion
+        convert = sys.modules[type(model).__module__].checkpoint_filter_fn
+        missing = model.state_dict().keys() - convert(weights, model).keys()
+        if missing:
+            raise ValueError(f"{min(missing)} is missing")
+        return model
 
 
 class Encoders:
     """Encoders side by side: uint8 images [N, 3, H, W] -> tokens [N, grid^2, sum of `widths`].
 
-    `names`: hog or timm ViTs, with commas between; `weights`: files for the ViTs, likewise.
+    names: hog or timm ViTs, with commas between; weights: files for the ViTs, likewise. An encoder
+    of your own needs a list `widths` and __call__(uint8 images [N, 3, H, W]) -> tokens [N, T, F].
     """
 
     def __init__(self, names, grid, weights=None, device="cpu"):
-        names, files = names.split(","), weights.split(",") if weights else []
+        names = names.split(",")
+        paths = weights.split(",") if weights else []
         vits = [name for name in names if name != "hog"]
-        if files and len(files) != len(vits):
-            raise ValueError(f"--encoder-weights: {len(files)} files for {len(vits)} encoders with weights")
-        files = dict(zip(vits, files, strict=False))
-        vits = {name: ViT(name, grid, files.get(name), device) for name in vits}
-        self.encoders = [vits.get(name) or HOG(grid) for name in names]
-        self.widths = [width for encoder in self.encoders for width in encoder.widths]
+        if paths and len(paths) != len(vits):
+            found = f"{len(paths)} files for {len(vits)} encoders with weights"
+            raise UserError(f"--encoder-weights: {found}; name one for each")
+        paths = dict(zip(vits, paths, strict=False))
+        self.encoders = []
+        self.widths = []
+        for name in names:
+            encoder = HOG(grid) if name == "hog" else ViT(name, grid, paths.get(name), device)
+            self.encoders.append(encoder)
+            self.widths += encoder.widths
 
     def __call__(self, images):
         return torch.cat([encoder(images) for encoder in self.encoders], dim=-1)
 
 
 def to_int8(targets):
-    """Tokens [..., F] scaled to fill int8: the direction remains, which is all that REPA's loss sees."""
-    return (targets / targets.abs().amax(-1, keepdim=True).clamp(min=1e-12) * 127).round().to(torch.int8)
+    """Tokens [..., F] scaled to fill int8: REPA's loss only sees their direction, which remains."""
+    largest = targets.abs().amax(-1, keepdim=True).clamp(min=1e-12)
+    return (targets / largest * 127).round().to(torch.int8)
 
 
-# ---- the cache: its format and its reader
-def layout(meta, target_dtype):
-    """Shape and dtype of the arrays of a cache."""
-    images, side, width = [meta["count"], meta["views"]], meta["latent_side"], sum(meta["target_widths"])
-    arrays = {
-        "moments": dict(shape=[*images, 2 * meta["latent_channels"], side, side], dtype="float16"),
-        "labels": dict(shape=images[:1], dtype="int64"),
-        "control": dict(shape=[*images, 7], dtype="int32"),
-    }
-    if width:
-        arrays["targets"] = dict(shape=[*images, meta["grid"] ** 2, width], dtype=target_dtype)
-    return arrays
-
-
-def check_meta(meta):
-    """Every entry of meta.json: its type, then its range. ValueError names the first that is not sound."""
-    whole = "count image_size views latent_channels latent_side grid chunk".split()
-    whole = dict.fromkeys(whole, 1) | dict(crops=0, seed=0)  # their minima
-    types = dict.fromkeys(whole, int) | dict(limit=(int, type(None)), latent_scale=(int, float))
-    types |= dict(latent_shift=(int, float), source=str, vae=str, encoder=str, flip=bool, complete=bool)
-    types |= dict(classes=list, target_widths=list, skipped=list, arrays=dict)
-    sound = {key: key in meta and isinstance(meta[key], kind) for key, kind in types.items()}
-    if all(sound.values()):
-        sound = {key: least <= meta[key] < 2**31 for key, least in whole.items()}
-        names = {name for name in meta["classes"] if isinstance(name, str)}
-        sound["classes"] = 0 < len(names) == len(meta["classes"])
-        sound["views"] = meta["views"] == 1 + meta["flip"] + meta["crops"]
-        sound["latent_scale"] = 0 < meta["latent_scale"] < 1e6
-        sound["latent_shift"] = abs(meta["latent_shift"]) < 1e6
-        sound["target_widths"] = all(type(width) is int and width > 0 for width in meta["target_widths"])
-    if all(sound.values()):
-        sound["grid"] = meta["latent_side"] % meta["grid"] == 0
-        layouts = [layout(meta, dtype) for dtype in ("float16", "int8")]
-        sound["arrays"] = any(meta["arrays"].items() <= arrays.items() for arrays in layouts)
-    for key in (key for key, good in sound.items() if not good):
-        raise ValueError(f"{key} is {meta.get(key)!r:.60}")
-
-
-def to_autoencoder(latents, meta):
-    """The inverse of CachedFeatures.latents: latents of a model -> latents that the autoencoder decodes."""
-    return latents / meta["latent_scale"] + meta["latent_shift"]
-
-
-def own_session(worker):
-    """Shield a loader process from the signals that end a run: the last checkpoint still needs it."""
-    os.setsid()
+# ---- the reader of a cache
 
 
 class CachedFeatures(Dataset):
-    """Reader of a cache: item i is view i % V of image i // V. Batches are read in file order, the fastest.
+    """A cache, mapped into memory: item i is view i % V of image i // V.
 
-    `features.__getitems__(indices)` returns a dict of arrays, a row per index: moments [n, 2C, h, w] float16
-    and labels [n] int64; with `control`, control [n, 7] int32; with `targets`, targets [n, T, F].
-    `features.meta` is meta.json, `features.labels` [number of images] the labels; images that were skipped as
-    unreadable do not count. ValueError unless `path` holds a complete, sound cache with targets and control.
+    meta: meta.json, and the entries `images` (their number) and `empty_classes` (indices); labels:
+    int64 [images]; views: V; names: the tensors that are read.
+    UserError unless `path` holds a complete cache, with targets if they are wanted.
     """
 
     def __init__(self, path, targets=True, control=True):
-        path = Path(path)
-        self.opened = path, targets, control
-        if not (path / "meta.json").is_file():
-            below = sorted(str(meta.parent) for meta in path.glob("*/meta.json"))
-            remedy = f"did you mean {below[0]}?" if below else "make one with extract_features.py"
-            raise ValueError(f"{path}: no feature cache there; {remedy}")
-        self.meta = meta = read_json(path / "meta.json")
-        if meta.get("format_version") != FORMAT_VERSION:
-            found = f"{meta.get('format_version')!r:.60}"
-            raise ValueError(f"{path}: cache format {found}, not {FORMAT_VERSION}; extract it again")
-        with reading(f"{path / 'meta.json'}: damaged", "delete the folder and extract it again"):
-            check_meta(meta)
-        if not meta["complete"]:
-            raise ValueError(f"{path}: the cache is incomplete; run the same extraction again to complete it")
-        names = ["moments", "labels"] + ["control"] * bool(control) + ["targets"] * bool(targets)
-        if missing := [name for name in names if name not in meta["arrays"]]:
-            remedy = "extract it with an --encoder" if missing[0] == "targets" else "extract it again"
-            raise ValueError(f"{path}: the cache has no {missing[0]}; {remedy}")
-        self.arrays = {name: open_array(path / f"{name}.npy", **meta["arrays"][name]) for name in names}
-        self.views, labels = meta["views"], np.array(self.arrays["labels"])
-        self.rows = np.flatnonzero(labels >= 0)
-        self.labels = labels[self.rows]
-        if not len(self.rows):
-            raise ValueError(f"{path}: none of its images was readable; extract it again")
-        if labels.max() >= len(meta["classes"]) or np.flatnonzero(labels < 0).tolist() != meta["skipped"]:
-            raise ValueError(f"{path}/labels.npy: damaged, labels without a class; extract it again")
-        for name in set(names) - {"labels"}:
-            self.arrays[name] = self.arrays[name].reshape(-1, *self.arrays[name].shape[2:])
+        self.opened = (path, targets, control)
+        self.meta = read_meta(Path(path))
+        self.views = self.meta["views"]
+        self.names = ["moments", "labels"]
+        if control:
+            self.names.append("control")
+        if targets:
+            self.names.append("targets")
+        if targets and not self.meta["target_widths"]:
+            raise UserError(f"{path}: the cache has no targets; extract it with an --encoder")
+
+        labels = []
+        self.shards = []  # dicts of arrays, with a row for each view
+        for start in range(0, self.meta["count"], self.meta["shard"]):
+            tensors = open_shard(shard_file(path, start), self.meta)
+            labels.append(tensors["labels"])
+            tensors["labels"] = tensors["labels"].view(-1, 1).expand(-1, self.views)
+            rows = {name: tensors[name].flatten(0, 1).numpy() for name in self.names}
+            self.shards.append(rows)
+        self.labels = torch.cat(labels).numpy()
+        # what the files say beyond meta.json: the number of readable images, classes without one
+        classes = range(len(self.meta["classes"]))
+        self.meta["images"] = len(self.labels)
+        self.meta["empty_classes"] = sorted(set(classes) - set(self.labels.tolist()))
+        sizes = [len(rows["labels"]) for rows in self.shards]
+        self.starts = np.cumsum([0, *sizes[:-1]])  # the first item of each shard
 
     def model_options(self, patch):
-        """input_size, in_channels, num_classes of a model. ValueError if its tokens are not the targets'."""
-        meta, side, grid = self.meta, self.meta["latent_side"], self.meta["grid"]
-        if "targets" in self.arrays and side % patch == 0 and side // patch != grid:
+        """Keywords of a model for this cache: input_size, in_channels, num_classes.
+
+        UserError if its patches do not fit the latents, or its tokens are not those of the targets.
+        """
+        side = self.meta["latent_side"]
+        grid = self.meta["grid"]
+        if side % patch:
+            fitting = [str(p) for p in range(1, side + 1) if side % p == 0]
+            remedy = f"train with --model SIZE/P, where P is one of {', '.join(fitting)}"
+            raise UserError(f"patch {patch} does not divide latents of {side} x {side}: {remedy}")
+        if "targets" in self.names and side // patch != grid:
             remedy = f"train with --model SIZE/{side // grid}, or extract with --patch {patch}"
-            raise ValueError(f"the cache has {grid}x{grid} targets, the model has patch {patch}: {remedy}")
-        return dict(input_size=side, in_channels=meta["latent_channels"], num_classes=len(meta["classes"]))
+            found = f"the cache has {grid}x{grid} targets, the model has patch {patch}"
+            raise UserError(f"{found}: {remedy}")
+        return {
+            "input_size": side,
+            "in_channels": self.meta["latent_channels"],
+            "num_classes": len(self.meta["classes"]),
+        }
 
-    def latents(self, moments, noise=0):
-        """Moments [N, 2C, h, w], noise [N, C, h, w] or 0 for the mean -> latents as the model sees them."""
+    def latents(self, moments, vae_noise=0):
+        """Latents of a model from moments [N, 2C, h, w] and vae_noise [N, C, h, w]; 0: the mean."""
         mean, std = moments.float().chunk(2, dim=1)
-        return (mean + std * noise - self.meta["latent_shift"]) * self.meta["latent_scale"]
+        sample = mean + std * vae_noise
+        return (sample - self.meta["latent_shift"]) * self.meta["latent_scale"]
 
-    def spread(self, images):
-        """A batch (see __getitems__): the first views of `images` images, evenly spread over the classes."""
+    def fixed_batch(self, count, device=None):
+        """A batch (see loader) of the first views of `count` images, spread over the classes."""
         by_class = np.argsort(self.labels, kind="stable")
-        chosen = by_class[np.linspace(0, len(by_class) - 1, min(images, len(by_class))).astype(int)]
-        return default_convert(self.__getitems__(chosen * self.views))
+        places = np.linspace(0, len(by_class) - 1, min(count, len(by_class)))
+        batch = to_batch(self.__getitems__(by_class[places.astype(int)] * self.views))
+        return {name: value.to(device) for name, value in batch.items()}
 
-    def loader(self, order, workers=None, pin_memory=False):
-        """Iterator over dicts of tensors, one for each array of indices in `order`.
+    def loader(self, order, workers=None, device=None):
+        """Yield a batch on `device` for each array of indices in `order`.
 
-        workers: processes that read ahead, by default 4 for targets and none for latents alone.
+        A batch is a dict of tensors: moments [N, 2C, h, w] float16, y [N] (the labels) and, where
+        asked for, targets [N, T, F] and control [N, 7]. workers: processes that read ahead, by
+        default 4 for targets and none for latents alone. UserError if one of them dies.
         """
         if workers is None:
-            workers = min(4, os.cpu_count()) if "targets" in self.arrays else 0
-        options = dict(num_workers=workers, pin_memory=pin_memory, worker_init_fn=own_session)
-        # the dataset returns whole batches: nothing to stack, default_convert only turns arrays into tensors
-        return iter(DataLoader(self, batch_sampler=order, collate_fn=default_convert, **options))
+            workers = min(4, os.cpu_count()) if "targets" in self.names else 0
+        pin = device is not None and torch.device(device).type == "cuda"
+        options = {"batch_sampler": order, "collate_fn": to_batch, "pin_memory": pin}
+        for batch in read_ahead(self, workers, **options):
+            yield {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
     def __reduce__(self):
-        return CachedFeatures, self.opened  # a spawned loader process opens the files, it gets no copies
+        return CachedFeatures, self.opened  # a spawned process opens the files, it gets no copies
 
     def __len__(self):
-        return len(self.rows) * self.views
+        return len(self.labels) * self.views
 
-    def __getitems__(self, indices):
+    def __getitems__(self, indices, names=None):
+        """A dict of arrays, a row for each index: `names`, or all tensors that are read.
+
+        They are read in file order, which is the fastest.
+        """
         indices = np.asarray(indices)
-        indices = self.rows[indices // self.views] * self.views + indices % self.views
+        rows = {}
+        for name in names or self.names:
+            array = self.shards[0][name]
+            rows[name] = np.empty((len(indices), *array.shape[1:]), array.dtype)
         order = np.argsort(indices)
-        batch = {}
-        for name, array in self.arrays.items():
-            rows = indices // self.views if name == "labels" else indices
-            batch[name] = np.empty((len(rows), *array.shape[1:]), array.dtype)
-            batch[name][order] = array[rows[order]]
-        return batch
+        shards = np.searchsorted(self.starts, indices[order], side="right") - 1
+        for shard in np.unique(shards):
+            places = order[shards == shard]                          # where this shard's rows go
+            inside = indices[places] - self.starts[shard]
+            for name, array in rows.items():
+                array[places] = self.shards[shard][name][inside]
+        return rows
 
     @cached_property
     def control_table(self):
-        """int32 [classes, 50, 7]: control of 50 images of each class, centred and not mirrored; None without.
+        """int32 [classes, 50, 7]: control of 50 images of each class, centred and not mirrored.
 
-        Evenly spread over a class, repeated if it has fewer; zeros (no control) for a class without images.
+        They are evenly spread over a class, repeated if it has fewer; a class without images has
+        zeros (no control). None if control is not read.
         """
-        if "control" not in self.arrays:
+        if "control" not in self.names:
             return None
+        classes = np.unique(self.labels)
+        chosen = []
+        for label in classes:
+            images = np.flatnonzero(self.labels == label)
+            chosen.append(images[np.linspace(0, len(images) - 1, 50).astype(int)])
+        rows = self.__getitems__(np.concatenate(chosen) * self.views, ["control"])
         table = torch.zeros(len(self.meta["classes"]), 50, 7, dtype=torch.int32)
-        for label in np.unique(self.labels):
-            images = self.rows[self.labels == label]
-            images = images[np.linspace(0, len(images) - 1, 50).astype(int)]
-            table[label] = torch.from_numpy(self.arrays["control"][images * self.views])
+        table[classes] = torch.from_numpy(rows["control"]).view(-1, 50, 7)
         return table
 
 
-# ---- the cache: its writer
+def to_batch(rows):
+    """Arrays of CachedFeatures -> tensors, under the names that training scripts use."""
+    batch = default_convert(rows)
+    batch["y"] = batch.pop("labels")
+    return batch
+
+
+def read_ahead(dataset, workers, **options):
+    """Yield the batches of a DataLoader. UserError if one of its `workers` processes dies."""
+    loader = DataLoader(
+        dataset, num_workers=workers, worker_init_fn=files.shield_worker, **options
+    )
+    batches = iter(loader)
+    atexit.register(kill_children)
+    # PyTorch's own handler raises at any point of the program when a process dies. Without it, the
+    # loader notices within five seconds.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        what = f"a loader process died ({files.first_sentence(error)})"
+        raise UserError(f"{what}; try fewer --workers") from None
+
+
+def kill_children():
+    """Loader processes ignore SIGTERM: after an error, Python would wait for them forever."""
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
+# ---- extraction
+
+
 class Views(Dataset):
-    """Item i: `image_views` of image i and "", or of a black image and why image i is unreadable (an
-    exception would leave a loader process as a traceback)."""
+    """Item i: the views of image i, or black ones and an `error` that says why it is unreadable.
+
+    An exception would leave a loader process as a traceback.
+    """
 
     def __init__(self, images, args):
-        self.images, self.seed, self.options = images, args.seed, (args.image_size, args.flip, args.crops)
+        self.images = images
+        self.args = args
 
     def __getitem__(self, i):
+        size = self.args.image_size
+        what = f"--data {self.args.data}: cannot read image {self.images.name(i)}"
+        remedy = "pass --skip-bad, or repair it and extract into another --out"
+        item = {"error": "", "rotated": False, "transparent": False}
         try:
-            image, error = self.images[i], ""
-        except ValueError as reason:
-            image, error = Image.new("RGB", self.options[:1] * 2), str(reason)
-        return *image_views(image, *self.options, np.random.default_rng([self.seed, i])), error
+            with explaining(what, remedy):
+                image = self.images[i]
+                views = self.views(to_rgb(image), i)
+                item["rotated"] = is_rotated(image)
+                item["transparent"] = image.has_transparency_data
+        except UserError as error:
+            item["error"] = str(error)
+            views = self.views(Image.new("RGB", (size, size)), i)
+        item["pixels"], item["control"] = views
+        return item
+
+    def views(self, image, i):
+        args = self.args
+        rng = np.random.default_rng([args.seed, i])
+        return image_views(image, args.image_size, args.flip, args.crops, rng)
+
+
+def encode(batch, pixels, autoencoder, encoder, target_dtype):
+    """uint8 pixels [n, V, 3, S, S] of the images in range `batch` -> their moments and targets.
+
+    UserError if they are not finite.
+    """
+    x = pixels.flatten(0, 1)                                         # (n V, 3, S, S)
+    mean, std = autoencoder.encode(x.float() / 127.5 - 1)
+    tensors = {"moments": torch.cat([mean, std], dim=1).half()}      # (n V, 2C, h, w)
+    if encoder:
+        tensors["targets"] = encoder(x)                              # (n V, T, F)
+        if target_dtype == "float16":
+            tensors["targets"] = tensors["targets"].half()
+    for name, values in tensors.items():
+        if not values.isfinite().all():
+            what = f"{name} of images {batch[0]} to {batch[-1]} are not finite"
+            raise UserError(f"{what}; are the weights of the network damaged?")
+    if encoder and target_dtype == "int8":
+        tensors["targets"] = to_int8(tensors["targets"])
+    return {name: values.unflatten(0, pixels.shape[:2]).cpu() for name, values in tensors.items()}
 
 
 @torch.inference_mode()
-def extract(out, meta, images, autoencoder, encoder, args, rank, world, device):
-    """Encode this rank's share of the chunks that `progress.npy` does not mark as written."""
-    done, size = open_memmap(out / "progress.npy", mode="r"), meta["chunk"]
-    chunks = [chunk for chunk in np.flatnonzero(done == 0).tolist() if chunk % world == rank]
-    order = [range(chunk * size, min((chunk + 1) * size, meta["count"])) for chunk in chunks]
-    loader = DataLoader(Views(images, args), batch_sampler=order, num_workers=args.workers)
-    files = {name: ArrayFile(out / f"{name}.npy") for name in [*meta["arrays"], "progress"]}
-    total, start = meta["count"], min(int(done.sum()) * size, meta["count"])
+def extract(args, meta, images, autoencoder, encoder, rank, world, device):
+    """Write this process's files of the cache, those that are not there yet.
+
+    Returns the numbers of images whose EXIF rotation and whose transparency were ignored.
+    """
+    batches = []
+    for start in missing_shards(args.out, meta, rank, world):
+        stop = min(start + args.shard, len(images))
+        for first in range(start, stop, args.batch_size):
+            batches.append(range(first, min(first + args.batch_size, stop)))
+    loader = read_ahead(Views(images, args), args.workers, batch_sampler=batches)
+    total = sum(len(batch) for batch in batches)
     pause = 0.1 if sys.stderr.isatty() else 30  # seconds between two states of the bar
-    bar = tqdm(total=total, initial=start, unit="img", disable=rank > 0, mininterval=pause, miniters=1)
-    for chunk, indices, (pixels, control, errors) in zip(chunks, order, loader, strict=True):
-        labels = torch.from_numpy(images.labels[indices])
-        for i, error in enumerate(errors):
-            if error and not args.skip_bad:
-                raise ValueError(error)
-            if error:
-                tqdm.write(f"skipped: {error.rpartition('; ')[0]}", file=sys.stderr)
-                labels[i] = -1
-        pixels = pixels.flatten(0, 1).to(device)                                  # (n V, 3, S, S) uint8
-        moments = torch.cat(autoencoder.encode(pixels.float() / 127.5 - 1), dim=1)
-        rows = {"moments": moments, "labels": labels, "control": control}
-        if encoder:
-            rows["targets"] = encoder(pixels)                                     # (n V, T, F)
-        for name, values in rows.items():
-            dtype, shape = (meta["arrays"][name][key] for key in ("dtype", "shape"))
-            stored = to_int8(values) if dtype == "int8" else values.to(getattr(torch, dtype))
-            if not (values.isfinite().all() and stored.isfinite().all()):
-                raise ValueError(f"{name} of images {indices[0]} to {indices[-1]} are not finite in {dtype}")
-            files[name].write(indices[0], stored.reshape(len(indices), *shape[1:]).cpu().numpy())
-        files["progress"].write(chunk, [1])
-        bar.update(min(int(done.sum()) * size, meta["count"]) - bar.n)            # of all ranks
+    silent = rank > 0 or total == 0
+    bar = tqdm(total=total, unit="img", disable=silent, mininterval=pause, miniters=1)
+
+    ignored = torch.zeros(2, dtype=torch.int64)
+    parts = []
+    writing = None
+    with bar, ThreadPoolExecutor(1) as writer:  # writes a file while the next one is encoded
+        for batch, views in zip(batches, loader, strict=True):
+            readable = refuse_or_skip(images, batch, views["error"], args.skip_bad)
+            pixels = views["pixels"].to(device)
+            rows = encode(batch, pixels, autoencoder, encoder, args.target_dtype)
+            rows["control"] = views["control"]
+            rows["labels"] = torch.from_numpy(images.labels[batch.start : batch.stop])
+            rows["index"] = torch.arange(batch.start, batch.stop)
+            parts.append({name: values[readable] for name, values in rows.items()})
+            ignored += torch.stack([views["rotated"].sum(), views["transparent"].sum()])
+            bar.update(len(batch))
+            if batch.stop % args.shard and batch.stop < len(images):
+                continue
+
+            start = (batch.stop - 1) // args.shard * args.shard
+            tensors = join(parts, batch.stop - start)
+            parts = []
+            if writing:
+                writing.result()  # raises its error
+            writing = writer.submit(files.write_tensors, shard_file(args.out, start), tensors)
+        if writing:
+            writing.result()
+    return ignored
 
 
-def extract_digits(out):
-    """Make the cache of tests/digits.npz for --digits of the training scripts, where there is none yet."""
-    meta = Path(out, "meta.json")
-    if meta.is_file() and '"complete": true' in meta.read_text(errors="replace"):
+def join(parts, count):
+    """The tensors of a file for `count` images from those of its batches."""
+    tensors = {}
+    for name in parts[0]:
+        tensors[name] = torch.cat([part[name] for part in parts])
+    readable = len(tensors["index"])
+    if readable == 0:
+        raise UserError(f"none of {count} images in a row is readable; is this the right --data?")
+    if readable == count:
+        del tensors["index"]
+    return tensors
+
+
+def refuse_or_skip(images, batch, errors, skip):
+    """Which images of a batch are readable: bool [n]. UserError if one is not, unless `skip`."""
+    for i, error in zip(batch, errors, strict=True):
+        if error and images.is_gone(i):
+            remedy = "run the same command again when it is back"
+            raise UserError(f"--data {images.source}: is not there any more; {remedy}")
+        if error and not skip:
+            raise UserError(error)
+        if error:
+            tqdm.write(f"skipped: {error.rpartition('; ')[0]}", file=sys.stderr)
+    return torch.tensor([not error for error in errors])
+
+
+def run(args, rank, world, device):
+    """The work of one process. UserError for whatever the user has to repair."""
+    images = Images(args.data, args.limit)
+    autoencoder = load_autoencoder(args.vae, device)
+    step = autoencoder.downsampling * args.patch
+    grid = args.image_size // step
+    if args.image_size % step:
+        fits = " or ".join(str(step * k) for k in (grid, grid + 1) if k)
+        raise UserError(f"--image-size {args.image_size} is not a multiple of {step}; try {fits}")
+    encoder = None
+    if args.encoder != "none":
+        encoder = Encoders(args.encoder, grid, args.encoder_weights, device)
+
+    if rank == 0:
+        meta = describe(args, images, autoencoder, encoder)
+        size = 0
+        for shape, dtype in layout(meta).values():
+            size += len(images) * math.prod(shape) * dtype.itemsize
+        files.start_folder(Path(args.out), "meta.json", meta, size)
+    files.barrier()
+    meta = read_meta(Path(args.out))
+    ignored = extract(args, meta, images, autoencoder, encoder, rank, world, device)
+    if world > 1:
+        dist.all_reduce(ignored)  # every process is ready
+    if rank == 0:
+        report(args.out, meta, *ignored.tolist())
+
+
+def report(out, meta, rotated, transparent):
+    """Open the cache as a trainer will, and say what it holds. UserError if it is incomplete."""
+    features = CachedFeatures(out, targets=bool(meta["target_widths"]))
+    classes = meta["classes"]
+    names = ", ".join(repr(name) for name in classes[:3])
+    if len(classes) > 3:
+        names += ", ..."
+    images = len(features.labels)
+    line = f"{out}: complete, {images:,} images of {len(classes):,} classes: {names}"
+    empty = len(classes) - len(np.unique(features.labels))
+    notes = {
+        "unreadable images were left out": meta["count"] - images,
+        f"of {len(classes):,} classes hold no image": empty,
+        "images carry an EXIF rotation, which is ignored as in ADM": rotated,
+        "images are transparent, which is ignored as in ADM": transparent,
+    }
+    for note, count in notes.items():
+        if count:
+            line += f"; {count:,} {note}"
+    print(line)
+
+
+def extract_digits(out, rank, world, device):
+    """Make the cache of tests/digits.npz, for --digits, unless there is a complete one."""
+    with contextlib.suppress(UserError):
+        CachedFeatures(out)
         return
-    options = ["--data", str(Path(__file__).parent / "tests" / "digits.npz"), "--out", str(out)]
-    main([*options, *"--image-size 8 --patch 2 --vae none --encoder hog --workers 0".split()])
+    digits = Path(__file__).parent / "tests" / "digits.npz"
+    options = "--image-size 8 --patch 2 --vae none --encoder hog --workers 0".split()
+    args = parse_args(["--data", str(digits), "--out", str(out), *options])
+    run(args, rank, world, device)
+
+
+# ---- sources of images
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+OTHER_IMAGES = ".avif .bmp .gif .heic .heif .jfif .jp2 .jxl .pgm .pnm .ppm .tga .tif .tiff"
+SPLITS = "train training val valid validation test"
+
+
+class Images:
+    """The images of a source (see the top of this file); `limit`: so many of them, evenly spread.
+
+    `images[i]` is a PIL image as it is stored, `name(i)` its file, `labels[i]` its class, `classes`
+    the names of the classes. UserError for a source without usable images.
+    """
+
+    def __init__(self, source, limit=None):
+        self.source = Path(source)
+        self.root = ""  # of all names in a .zip
+        self.archive = None
+        self.pixels = None
+        if not (self.source.is_file() or self.source.is_dir()):
+            raise UserError(f"--data {source}: no such file or folder")
+        if self.source.suffix.lower() == ".npz" and self.source.is_file():
+            self.pixels, labels, self.classes = read_npz(self.source)
+            self.names = range(len(labels))
+        else:
+            labels = self.list_files()
+        count = len(labels)
+        if limit and limit > count:
+            raise UserError(f"--limit {limit}: the source has {count} images")
+        self.rows = np.linspace(0, count - 1, limit or count).astype(int)
+        self.labels = labels[self.rows]
+        self.archive = None  # each process opens its own, because a file has one position
+
+    def list_files(self):
+        """Set `names` and `classes`; returns the labels."""
+        if self.source.is_dir():
+            listed = list(list_folder(self.source))
+        else:
+            self.root, listed = list_zip(self.source)
+        self.names = with_suffix(listed, IMAGES)
+        others = with_suffix(listed, tuple(OTHER_IMAGES.split()))
+        if others:
+            left_out = f"{len(others)} images are left out, such as {others[0]}"
+            print(f"--data {self.source}: {left_out}; only {', '.join(IMAGES)} are read")
+        if not self.names:
+            raise UserError(f"--data {self.source}: it holds no image ({', '.join(IMAGES)})")
+        if "dataset.json" in listed:
+            labels, self.classes = self.read_dataset_json()
+        else:
+            labels, self.classes = class_folders(self.source, self.names, listed)
+        return labels
+
+    def read_dataset_json(self):
+        """Labels and classes from {"labels": [["00000/img00000000.png", 6], ...]}, or null."""
+        what = f"--data {self.source}: dataset.json does not fit the images"
+        with explaining(what, "make it again, or remove it to use the folders as classes"):
+            entries = json.loads(self.read("dataset.json"))["labels"]
+            if entries is None:
+                entries = [(name, 0) for name in self.names]
+            labels = dict(entries)
+            unpaired = labels.keys() ^ set(self.names)
+            if unpaired:
+                raise ValueError(f"{min(unpaired)} is not listed, or not there")
+            return number_classes(np.array([labels[name] for name in self.names]))
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        if self.pixels is not None:
+            return Image.fromarray(self.pixels[self.rows[i]])
+        return Image.open(io.BytesIO(self.read(self.name(i))))
+
+    def name(self, i):
+        return self.names[self.rows[i]]
+
+    def read(self, name):
+        if self.source.is_dir():
+            return (self.source / name).read_bytes()
+        if self.archive is None:
+            self.archive = zipfile.ZipFile(self.source)
+        return self.archive.read(self.root + name)  # verifies the checksum
+
+    def is_gone(self, i):
+        """Whether the source, or the folder of image i, has disappeared."""
+        if self.source.is_dir():
+            return not (self.source / self.name(i)).parent.exists()
+        return not self.source.exists()
+
+    def digest(self):
+        """16 hexadecimal digits for the names and sizes of the files, and for the labels."""
+        if self.source.is_dir():
+            entries = [(name, os.path.getsize(self.source / name)) for name in self.names]
+        else:
+            with zipfile.ZipFile(self.source) as archive:  # an .npz is one, too
+                entries = [(m.filename, m.file_size, m.CRC) for m in archive.infolist()]
+        content = repr((entries, self.labels.tolist()))
+        return hashlib.sha256(content.encode(errors="backslashreplace")).hexdigest()[:16]
+
+
+def is_hidden(name):
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def list_folder(folder, above="", parents=()):
+    """Yield what lies below a folder, folders with a slash at the end. Links are followed."""
+    real = os.path.realpath(folder)
+    if real in parents:  # a link that leads back
+        return
+    for entry in os.scandir(folder):
+        if is_hidden(entry.name):
+            continue
+        if entry.is_dir():
+            yield f"{above}{entry.name}/"
+            yield from list_folder(entry.path, f"{above}{entry.name}/", (*parents, real))
+        else:
+            yield f"{above}{entry.name}"
+
+
+def list_zip(path):
+    """The folder around everything in a .zip ("a/b/", or ""), and what lies below it."""
+    expected = "expected a folder or .zip of class folders, or an ADM .npz"
+    with explaining(f"--data {path}: not a readable .zip", expected):
+        names = []
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if not any(map(is_hidden, name.split("/"))):
+                    names.append(name)
+        above = [os.path.dirname(os.path.dirname(name)) for name in with_suffix(names, IMAGES)]
+        root = os.path.join(os.path.commonpath(above or [""]), "")
+    return root, [name.removeprefix(root) for name in names if name.startswith(root)]
+
+
+def with_suffix(names, suffixes):
+    """Those of the names that end in a suffix, sorted folder by folder."""
+    return sorted((n for n in names if n.lower().endswith(suffixes)), key=lambda n: n.split("/"))
+
+
+def class_folders(source, names, listed):
+    """Labels and classes of images called class/file. UserError if they have other names."""
+    deep = [name for name in names if name.count("/") > 1]
+    if deep:
+        above = Counter(os.path.dirname(os.path.dirname(name)) for name in deep)
+        [(meant, _)] = above.most_common(1)
+        question = f"did you mean {source / meant}?"
+        raise UserError(f"--data {source}: {deep[0]} lies deeper than class/file; {question}")
+    loose = [name for name in names if "/" not in name]
+    if loose:
+        remedy = "make one, or pass the folder above"
+        raise UserError(f"--data {source}: {loose[0]} is in no class folder; {remedy}")
+
+    folders = [name.split("/")[0] for name in names]
+    classes = sorted(set(folders))
+    if set(classes).issubset(SPLITS.split()):
+        question = f"did you mean {source / classes[0]}?"
+        raise UserError(f"--data {source}: {', '.join(classes)} are no class folders; {question}")
+    empty = {name.split("/")[0] for name in listed if "/" in name}.difference(classes)
+    if empty:
+        what = f"class folder {min(empty)!r} holds no image ({', '.join(IMAGES)})"
+        raise UserError(f"--data {source}: {what}; remove it")
+    index = {name: label for label, name in enumerate(classes)}
+    return np.array([index[folder] for folder in folders]), classes
+
+
+def read_npz(path):
+    """Pixels uint8 [N, H, W, 3], labels and classes of an ADM .npz."""
+    expected = "it needs arr_0, uint8 [N, H, W, 3], and arr_1, N class indices >= 0"
+    with explaining(f"--data {path}: no ADM .npz", expected), np.load(path) as archive:
+        pixels = archive["arr_0"]  # reading it verifies the checksum
+        if pixels.dtype != np.uint8 or pixels.shape[3:] != (3,) or pixels.size == 0:
+            raise ValueError(f"arr_0 is {pixels.dtype} {list(pixels.shape)}")
+        labels = np.zeros(len(pixels), np.int64)
+        if "arr_1" in archive:
+            labels = archive["arr_1"]
+        if labels.shape != pixels.shape[:1]:
+            raise ValueError(f"arr_1 is {labels.dtype} {list(labels.shape)}")
+        return pixels, *number_classes(labels)
+
+
+def number_classes(labels):
+    """Labels and classes: the numbers up to the largest or, from 100,000 on, those that occur."""
+    if labels.dtype.kind not in "iu" or labels.min() < 0:
+        raise ValueError(f"the labels are {labels.dtype} {list(labels.shape)} from {labels.min()}")
+    if labels.max() < 100_000:
+        names = range(int(labels.max()) + 1)
+        labels = labels.astype(np.int64)
+    else:
+        names, labels = np.unique(labels, return_inverse=True)
+    return labels, [str(name) for name in names]
+
+
+def to_rgb(image):
+    """An RGB image, as PIL converts it, but 16-bit grey, which PIL would clip to white, is scaled.
+
+    ValueError for 32 bits per pixel, whose range is unknown.
+    """
+    # older versions of Pillow open a 16-bit PNG in mode I
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        grey = np.asarray(image).astype(np.int32)
+        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"its mode {image.mode} has 32 bits per pixel, save it with 8 or 16")
+    return image.convert("RGB")
+
+
+def is_rotated(image):
+    with contextlib.suppress(Exception):  # damaged EXIF data is ignored as well
+        return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return False
+
+
+# ---- what a cache consists of
+
+FORMAT_VERSION = 2
+META = {  # entries of meta.json that readers need
+    **files.DATA,
+    "count": COUNT,
+    "shard": COUNT,
+    "views": COUNT,
+    "latent_channels": COUNT,
+    "latent_side": COUNT,
+    "grid": COUNT,
+    "target_widths": [int],
+    "target_dtype": str,
+}
 
 
 def describe(args, images, autoencoder, encoder):
     """The contents of meta.json."""
     side = args.image_size // autoencoder.downsampling
-    meta = {key: getattr(args, key) for key in "limit image_size flip crops seed vae encoder".split()}
-    meta |= dict(format_version=FORMAT_VERSION, source=str(Path(args.data)), complete=False, skipped=[])
-    meta |= dict(count=len(images), classes=images.classes, chunk=args.batch_size)
-    meta |= dict(views=1 + args.flip + args.crops, latent_side=side, latent_channels=autoencoder.channels)
-    meta |= dict(latent_scale=autoencoder.scale, latent_shift=autoencoder.shift)
-    meta |= dict(grid=side // args.patch, target_widths=encoder.widths if encoder else [])
-    return meta | {"arrays": layout(meta, args.target_dtype)}
+    encoder_digest = None
+    if args.encoder_weights:
+        encoder_digest = [files.file_hash(path) for path in args.encoder_weights.split(",")]
+    return {
+        "format_version": FORMAT_VERSION,
+        "source": str(Path(args.data)),
+        "source_digest": images.digest(),
+        "limit": args.limit,
+        "count": len(images),
+        "shard": args.shard,
+        "classes": images.classes,
+        "image_size": args.image_size,
+        "flip": args.flip,
+        "crops": args.crops,
+        "seed": args.seed,
+        "views": 1 + args.flip + args.crops,
+        "vae": args.vae,
+        "latent_channels": autoencoder.channels,
+        "latent_side": side,
+        "latent_scale": autoencoder.scale,
+        "latent_shift": autoencoder.shift,
+        "encoder": args.encoder,
+        "encoder_digest": encoder_digest,
+        "grid": side // args.patch,
+        "target_widths": encoder.widths if encoder else [],
+        "target_dtype": args.target_dtype,
+    }
+
+
+def layout(meta):
+    """Shape for one image, and dtype, of the tensors of a cache."""
+    views = meta["views"]
+    side = meta["latent_side"]
+    tensors = {
+        "moments": ([views, 2 * meta["latent_channels"], side, side], torch.float16),
+        "labels": ([], torch.int64),
+        "control": ([views, 7], torch.int32),
+    }
+    if meta["target_widths"]:
+        shape = [views, meta["grid"] ** 2, sum(meta["target_widths"])]
+        tensors["targets"] = (shape, getattr(torch, meta["target_dtype"]))
+    return tensors
+
+
+def read_meta(folder):
+    """The dict in meta.json. UserError if the folder holds no cache of this format."""
+    file = folder / "meta.json"
+    if not file.is_file():
+        remedy = "make one with extract_features.py"
+        for below in folder.glob("*/meta.json"):
+            remedy = f"did you mean {below.parent}?"
+        raise UserError(f"{folder}: no feature cache there; {remedy}")
+    version = files.read_json(file).get("format_version")
+    if version != FORMAT_VERSION:
+        found = f"cache format {version!r:.60}, not {FORMAT_VERSION}"
+        raise UserError(f"{folder}: {found}; extract it again")
+    return files.read_json(file, META)
+
+
+def shard_file(folder, start):
+    """The file of a cache that begins with image `start`."""
+    return Path(folder, f"{start:08d}.safetensors")
+
+
+def open_shard(path, meta):
+    """The tensors of a file, mapped into memory. UserError if it is missing or damaged."""
+    remedy = "run the same extraction again"
+    if not path.exists():
+        raise UserError(f"{path.parent}: the cache is incomplete, {path.name} is missing; {remedy}")
+    with explaining(f"{path}: damaged", remedy):
+        tensors = safetensors.torch.load_file(path)
+        for name, (shape, dtype) in layout(meta).items():
+            values = tensors[name]
+            if list(values.shape[1:]) != shape or values.dtype != dtype:
+                raise ValueError(f"{name} is {values.dtype} {list(values.shape)}")
+    return tensors
+
+
+def missing_shards(folder, meta, rank, world):
+    """The first images of this process's files that are to be made. Damaged files are deleted."""
+    missing = []
+    for start in range(0, meta["count"], meta["shard"])[rank::world]:
+        path = shard_file(folder, start)
+        try:
+            open_shard(path, meta)
+        except UserError as error:
+            if path.exists():
+                print(f"{str(error).rpartition('; ')[0]}; it is made again", file=sys.stderr)
+                path.unlink()
+            missing.append(start)
+    return missing
+
+
+# ---- command line
 
 
 def parse_args(argv=None):
-    parser = Parser(__file__, __doc__)
+    parser = files.Parser(__file__, __doc__)
     add = parser.add_argument_group("images").add_argument
-    add("--data", required=True, help="folder of class folders, .zip of one, or ADM .npz")
+    add("--data", required=True, help="where the images are, see above")
     add("--out", required=True, help="folder of the cache")
-    add("--image-size", type=number(int, 1, 4096), default=256, help="side of the square images, in pixels")
-    add("--flip", action="store_true", help="also encode the mirrored image, as a second view")
-    add("--crops", type=number(int, 0, 1000), default=0, metavar="K", help="also encode K random squares")
-    add("--seed", type=number(int, 0, 2**31 - 1), default=0, help="seed of the random squares")
-    add("--limit", type=number(int, 1), help="only this many images, evenly spread over the source")
-    add("--skip-bad", action="store_true", help="leave unreadable images out instead of stopping")
+    add("--image-size", type=number(int, 1, 4096), default=256,
+        help="side of the square images, in pixels")
+    add("--flip", action="store_true",
+        help="also encode the mirrored image, as a second view")
+    add("--crops", type=number(int, 0, 1000), default=0, metavar="K",
+        help="also encode K random squares")
+    add("--seed", type=number(int, 0, 2**31 - 1), default=0,
+        help="seed of the random squares")
+    add("--limit", type=number(int, 1),
+        help="take only this many images, evenly spread over the source")
+    add("--skip-bad", action="store_true",
+        help="leave unreadable images out instead of stopping")
     add = parser.add_argument_group("autoencoder and encoder").add_argument
-    add("--vae", default="stabilityai/sd-vae-ft-mse", help="autoencoder, or none: pixels as latents")
-    add("--patch", type=number(int, 1), default=2, help="patch size of the models to train")
-    add("--encoder", default="vit_base_patch14_dinov2.lvd142m", help="timm ViT, hog, none, or several: A,B")
-    add("--encoder-weights", help="local file for --encoder, or one for each, with commas between")
-    add("--target-dtype", choices=["float16", "int8"], default="float16", help="int8 halves the disk space")
-    add("--batch-size", type=number(int, 1, 2**16), default=64, help="images encoded at a time")
-    workers = min(4, os.cpu_count())
-    add("--workers", type=number(int, 0, 256), default=workers, help="processes that decode images, per rank")
+    add("--vae", default="stabilityai/sd-vae-ft-mse",
+        help="autoencoder: a hub repository, a folder, a file, or none to use pixels as latents")
+    add("--patch", type=number(int, 1), default=2,
+        help="patch size of the models to train, which decides the number of targets")
+    add("--encoder", default="vit_base_patch14_dinov2.lvd142m",
+        help="a ViT of timm, hog, none, or several with commas between")
+    add("--encoder-weights", metavar="FILE",
+        help="local weights of --encoder, one file for each ViT, with commas between")
+    add("--target-dtype", choices=["float16", "int8"], default="float16",
+        help="int8 halves the disk space, and keeps the directions that REPA's loss compares")
+    add = parser.add_argument_group("work").add_argument
+    add("--batch-size", type=number(int, 1, 2**16), default=64,
+        help="number of images that are encoded at a time")
+    add("--shard", type=number(int, 1, 2**20), default=1024,
+        help="number of images per file, which is also what a kill can lose")
+    add("--workers", type=number(int, 0, 256), default=min(4, os.cpu_count()),
+        help="number of processes that decode images, per GPU")
     return parser.parse_args(argv)
-
-
-def run(args, rank, world, device):
-    """The work of one process, in one attempt. ValueError or OSError for whatever the user has to repair."""
-    images, autoencoder = Images(args.data, args.limit), load_autoencoder(args.vae, device)
-    grid, rest = divmod(args.image_size, step := autoencoder.downsampling * args.patch)
-    if rest:
-        fits = " or ".join(str(step * k) for k in (grid, grid + 1) if k)
-        raise ValueError(f"--image-size {args.image_size} is not a multiple of {step}; try {fits}")
-    encoder = None if args.encoder == "none" else Encoders(args.encoder, grid, args.encoder_weights, device)
-    out, meta = Path(args.out), describe(args, images, autoencoder, encoder)
-    parts, lock = math.ceil(meta["count"] / meta["chunk"]), contextlib.nullcontext()
-    if rank == 0:
-        lock = start_folder(out, "meta.json", meta, meta["arrays"], parts, ignore=("complete", "skipped"))
-    with lock:
-        if world > 1:
-            dist.barrier()
-        if (out / "progress.npy").exists():
-            extract(out, meta, images, autoencoder, encoder, args, rank, world, device)
-        if world > 1:
-            dist.barrier()
-            dist.destroy_process_group()
-        if rank == 0:
-            finish(out, meta)
-
-
-def finish(out, meta):
-    """Mark a cache as complete, open it as a trainer will, say what it holds. ValueError if it is damaged."""
-    labels = open_array(out / "labels.npy", **meta["arrays"]["labels"])
-    skipped = np.flatnonzero(labels < 0).tolist()
-    write_json(out / "meta.json", meta | {"complete": True, "skipped": skipped})
-    CachedFeatures(out, targets="targets" in meta["arrays"])
-    (out / "progress.npy").unlink(missing_ok=True)
-    names = ", ".join(map(repr, meta["classes"][:3])) + ", ..." * (len(meta["classes"]) > 3)
-    kept = f"{len(labels) - len(skipped):,} images of {len(meta['classes']):,} classes: {names}"
-    print(f"{out}: complete, {kept}" + f"; {len(skipped)} unreadable, left out" * bool(skipped))
 
 
 def main(argv=None):
     args = parse_args(argv)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if world > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=1))  # only barriers; ranks may be uneven
-    try:
-        run(args, rank, world, device)
-    except (ValueError, OSError) as error:
-        sys.exit(f"extract_features.py: {error}")
+    with files.program(__file__, args):
+        run(args, *files.launch())
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("extract_features.py: interrupted; run the same command again to go on")
+    main()

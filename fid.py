@@ -1,30 +1,38 @@
-"""FID, sFID, Inception Score, precision and recall as the ADM evaluation suite computes them, in PyTorch.
+"""The ADM evaluation suite in PyTorch: FID, sFID, Inception Score, precision and recall.
 
-    python fid.py VIRTUAL_imagenet256_labeled.npz samples.npz           # the five numbers of the papers
-    python fid.py REF A.npz B.npz C.npz                                 # several sets of samples, a row each
-    python fid.py --stats imagenet/val --image-size 256 --out val.npz   # make a reference of your own images
-    python fid.py tests/digits.npz samples.npz --features pixels        # no weights: a sanity figure only
+    python fid.py VIRTUAL_imagenet256_labeled.npz samples.npz           # the papers' five numbers
+    python fid.py REF A.npz B.npz C.npz                                 # one row per set of samples
+    python fid.py --stats imagenet/val --image-size 256 --out val.npz   # make your own reference
+    python fid.py tests/digits.npz samples.npz --features pixels        # sanity check, no weights
     torchrun --nproc_per_node=8 fid.py REF SAMPLES                      # features on 8 GPUs
 
-REF and SAMPLES are an .npz (`arr_0`) or an .npy, uint8 [N, H, W, 3], or a folder of images. Where an .npz
-stores statistics (`mu sigma mu_s sigma_s`: ADM's references, of the training set), FID and sFID use them.
-Judge generation against the training set, reconstruction against the validation set. The floor row is what
-real images score: n random ones of REF against its others, n the smallest set, at most N // 2. If REF is
-small, its others are too few and the floor is too high: good samples may go below.
+REF and SAMPLES are uint8 images [N, H, W, 3] in an .npz (`arr_0`) or .npy file, or folders of
+images. If an .npz stores statistics (`mu sigma mu_s sigma_s`), FID and sFID use these. ADM's
+references do: their statistics are those of the whole training set. Compare generated images with
+the training set, and reconstructions with the validation set.
 
-    FID        arXiv 1706.08500   |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of 2048 pooled features
-    sFID       arXiv 2103.03841   the same of 7 channels of a 17 x 17 map (2023 values): sees where things are
-    IS         arXiv 1606.03498   exp(mean KL(p(class | image) || p(class))): sharp and varied
-    precision  arXiv 1904.06991   share of samples inside the reference manifold; recall: the reverse
-ADM: evaluations/evaluator.py of openai/guided-diffusion. Shapes: N, M images, D feature width, C classes.
+The row "floor" compares n random images of REF with its remaining ones, where n is the size of the
+smallest set, but at most N // 2. It shows the score of a perfect generator. If REF is small, the
+floor is biased upwards, so that good samples can fall below it.
+
+    FID        arXiv 1706.08500   |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of 2048 features
+    sFID       arXiv 2103.03841   the same of 7 channels of a 17 x 17 map: it sees where things are
+    IS         arXiv 1606.03498   exp(mean KL(p(class | image) || p(class))): sharp, varied images
+    precision  arXiv 1904.06991   share of the samples inside the manifold of the reference
+    recall     arXiv 1904.06991   share of the reference inside the manifold of the samples
+ADM is evaluations/evaluator.py of openai/guided-diffusion.
+Shapes: N, M images; D feature width (FID 2048, sFID 17 * 17 * 7 = 2023); C = 1008 classes.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
 import os
+import re
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -37,151 +45,582 @@ from PIL import Image
 from torchvision.models import inception
 from tqdm import tqdm
 
-WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
-URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall")
-STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
-EXTRA = (*STATISTICS, "arr_1", "protocol")  # what an .npz may hold beside its images
+PR_BLOCK = 10_000  # rows and columns per block of distances, as in ADM: it tests each for overflow
 PR_IMAGES = 10_000  # that --stats keeps for precision and recall, as many as ADM's references hold
-PR_BLOCK = 10_000  # rows and columns per block of distances, ADM's: its test for fp16 overflow is per block
 
 
 # ---- network: the Inception v3 of 2015-12-05; other trainings of Inception v3 give other numbers
-def repool(block, inputs, output):
-    """Forward hook: computes the last branch of a torchvision Inception block again, with block.pool."""
-    branch = block.branch_pool(block.pool(*inputs))
-    output[:, -branch.shape[1] :] = branch
 
 
 class InceptionV3(inception.Inception3):
     """FID Inception v3, parameters named as in the published weights: 472 tensors, 1008 classes."""
 
-    name, widths = "Inception 2015-12-05, TF1 bilinear resize to 299", (2048, 2023)  # D of its two features
+    name = "Inception 2015-12-05, TF1 bilinear resize to 299"
+    widths = {"fid": 2048, "sfid": 2023}  # D of the two features
 
     def __init__(self):
         super().__init__(num_classes=1008, aux_logits=False, init_weights=False)
-        # torchvision: averages count the padding, Mixed_7c averages / here: they leave it out, Mixed_7c takes
-        # the maximum, because the TensorFlow graph of the weights does
-        for block in (x for x in self.children() if hasattr(x, "branch_pool")):
-            block.pool = torch.nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
-            block.register_forward_hook(repool)
+        # torchvision: averages count the padding, and Mixed_7c averages / here: they leave it out,
+        # and Mixed_7c takes the maximum, because the TensorFlow graph of the weights does so
+        for block in self.children():
+            if hasattr(block, "branch_pool"):
+                block.pool = torch.nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
+                block.register_forward_hook(repool)
         self.Mixed_7c.pool = torch.nn.MaxPool2d(3, stride=1, padding=1)
         self.eval().requires_grad_(False)
 
     def forward(self, images):
-        """images [N, 3, H, W], values 0..255 -> pooled [N, 2048], spatial features [N, 2023], both fp32."""
-        x = (tf1_resize(images, 299) - 128) / 128  #                         [N, 3, 299, 299]
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # [N, 64, 147, 147]
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(self.maxpool1(x)))  #      [N, 192, 71, 71]
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(self.maxpool2(x))))  # [N, 288, 35, 35]
-        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))  # [N, 768, 17, 17]
-        # sFID: the first 7 channels, of Mixed_6d.branch1x1, in the NHWC order of stored sigma_s
-        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  #                 [N, 17 * 17 * 7]
-        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))  # [N, 2048, 8, 8]
+        """images [N, 3, H, W], values 0..255 -> pooled [N, 2048], spatial [N, 2023], both fp32."""
+        x = (tf1_resize(images, 299) - 128) / 128                    # [N, 3, 299, 299]
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
+        x = self.maxpool1(x)                                         # [N, 64, 73, 73]
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
+        x = self.maxpool2(x)                                         # [N, 192, 35, 35]
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))           # [N, 288, 35, 35]
+        x = self.Mixed_6a(x)                                         # [N, 768, 17, 17]
+        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(x)))
+
+        # The first 7 channels belong to Mixed_6d.branch1x1. ADM's sigma_s has them in NHWC order.
+        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)            # [N, 17 * 17 * 7]
+        x = self.Mixed_6e(x)                                         # [N, 768, 17, 17]
+        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))           # [N, 2048, 8, 8]
         return x.mean((2, 3)), spatial
 
 
+def repool(block, inputs, output):
+    """Recompute torchvision's last branch with the right pooling, block.pool (a forward hook)."""
+    branch = block.branch_pool(block.pool(*inputs))
+    output[:, -branch.shape[1] :] = branch
+
+
 def tf1_resize(images, size):
-    """TensorFlow 1's bilinear resize, without half-pixel offset: [N, C, H, W] -> fp32 [N, C, size, size]."""
-    x = images.float()
-    for dim in (3, 2):  # bit-equal to TensorFlow on the CPU, with y before x or torch.lerp not
-        length = x.shape[dim]
-        source = torch.arange(size, device=x.device).float() * (length / size)  # fp32, as in TensorFlow
-        low = source.long()
-        fraction = (source - low).view(-1, *[1] * (3 - dim))
-        a, b = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=length - 1))
-        x = a + (b - a) * fraction
-    return x
+    """TensorFlow 1's bilinear resize, which has no half-pixel offset.
+
+    images [N, C, H, W] -> fp32 [N, C, size, size]. This is bit-equal to TensorFlow on the CPU,
+    because the width comes first, and because torch.lerp, which rounds differently, is not used.
+    """
+    x = resize_width(images.float(), size)                           # [N, C, H, size]
+    return resize_width(x.mT, size).mT
+
+
+def resize_width(x, size):
+    """x [..., W] -> [..., size]"""
+    width = x.shape[-1]
+    position = torch.arange(size, device=x.device).float() * (width / size)  # fp32, as TensorFlow
+    low = position.long()
+    high = (low + 1).clamp(max=width - 1)
+    a = x.index_select(-1, low)
+    b = x.index_select(-1, high)
+    return a + (b - a) * (position - low)
 
 
 class PixelFeatures(torch.nn.Module):
-    """images [N, 3, H, W] -> ([N, 64],), grey 8 x 8 thumbnails: shows that a toy run learns, and no more."""
+    """images [N, 3, H, W] -> ([N, 64],): grey 8 x 8 thumbnails show that a toy run learns."""
 
-    name, widths = "8 x 8 grey pixels: a sanity figure, comparable with nothing published", (64,)
+    name = "8 x 8 grey pixels: a sanity figure, comparable with nothing published"
+    widths = {"fid": 64}
 
     def forward(self, images):
-        return (torch.nn.functional.adaptive_avg_pool2d(images.float().mean(1) / 255, 8).flatten(1),)
+        grey = images.float().mean(1) / 255
+        return (torch.nn.functional.adaptive_avg_pool2d(grey, 8).flatten(1),)
 
 
 # ---- metrics: pure functions
+
+
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """Squared Frechet distance (arXiv 1706.08500, eq. 6): mu [D], sigma [D, D] -> float, or ValueError."""
-    given = [torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in (mu1, sigma1, mu2, sigma2)]
+    """Squared Frechet distance of two Gaussians (arXiv 1706.08500, eq. 6).
+
+    mu [D] and sigma [D, D], arrays or tensors -> float. Raises ValueError for other shapes.
+    """
+    given = (mu1, sigma1, mu2, sigma2)
+    given = [torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in given]
     mu1, sigma1, mu2, sigma2 = given
-    shapes = [tuple(x.shape) for x in given]
-    if shapes != [(len(mu1),), (len(mu1), len(mu1))] * 2:
-        raise ValueError(f"frechet_distance needs shapes (D,), (D, D), (D,), (D, D), got {shapes}")
-    # official code: sqrtm(S1 S2) / here: eigenvalues of R^T S2 R with S1 = R R^T, the same but for zeros,
-    # because sqrtm is inexact for fewer images than D. Square roots of rounding errors in S1 would add up.
+    d = len(mu1)
+    if not mu1.shape == mu2.shape == (d,) or not sigma1.shape == sigma2.shape == (d, d):
+        shapes = [list(x.shape) for x in given]
+        raise ValueError(f"frechet_distance needs mu [D] and sigma [D, D], got shapes {shapes}")
+
+    # official code: sqrtm(S1 S2) / here: eigenvalues of R^T S2 R with S1 = R R^T, the same but for
+    # zeros, because sqrtm is inexact for fewer images than D. Eigenvalues of S1 that are rounding
+    # errors are dropped, because their square roots would add up.
     values, vectors = torch.linalg.eigh(sigma1)
-    keep = values > values[-1].clamp(min=0) * len(values) * torch.finfo(torch.float64).eps
-    R = vectors[:, keep] * values[keep].sqrt()  #              [D, rank of S1]
-    eigenvalues = torch.linalg.eigvalsh(R.T @ sigma2 @ R)  #   [rank of S1]
+    keep = values > values[-1].clamp(min=0) * d * torch.finfo(torch.float64).eps
+    R = vectors[:, keep] * values[keep].sqrt()                       # [D, rank of S1]
+    eigenvalues = torch.linalg.eigvalsh(R.T @ sigma2 @ R)            # [rank of S1]
     trace = eigenvalues.clamp(min=0).sqrt().sum()
-    return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace).item()
+    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace
+    return distance.item()
 
 
 def inception_score(logits, split_size=5000):
-    """Inception Score (arXiv 1606.03498) of logits [N, C] without bias, averaged over splits of the rows."""
+    """Inception Score (arXiv 1606.03498), averaged over splits of consecutive rows.
+
+    logits [N, C], without bias as in ADM -> float.
+    """
     scores = []
     for split in logits.split(split_size):
-        log_p = split.double().log_softmax(1)  # official code: log(softmax), NaN where that underflows
+        log_p = split.double().log_softmax(1)  # official code: log(softmax), NaN if it underflows
         log_mean = log_p.logsumexp(0) - np.log(len(split))
-        scores.append((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp())
+        kl = (log_p.exp() * (log_p - log_mean)).sum(1)
+        scores.append(kl.mean().exp())
     return torch.stack(scores).mean().item()
+
+
+def precision_recall(reference, samples, k=3, fp16=True):
+    """Precision and recall (arXiv 1904.06991): reference [N, D], samples [M, D] -> two floats.
+
+    fp16 rounds distances as ADM does, which raises both by 0.001 to 0.002. Raises ValueError unless
+    both sets have more than k rows.
+    """
+    if min(len(reference), len(samples)) <= k:
+        rows = f"{len(reference)}, {len(samples)}"
+        raise ValueError(f"precision_recall needs more than {k} rows: {rows}")
+    precision = manifold_share(samples, reference, k, fp16)
+    recall = manifold_share(reference, samples, k, fp16)
+    return precision, recall
+
+
+def manifold_share(points, manifold, k, fp16):
+    """Share of points [N, D] inside a ball around a row of manifold [M, D].
+
+    Each ball reaches to the k-th nearest neighbour of its centre within the manifold.
+    """
+    inside = torch.zeros(len(points), dtype=torch.bool, device=points.device)
+    for centres in manifold.split(PR_BLOCK):
+        nearest = []
+        for others in manifold.split(PR_BLOCK):
+            distances = squared_distances(centres, others, fp16)
+            nearest.append(distances.topk(min(k + 1, len(others)), largest=False).values)
+        # k + 1, because each centre is its own nearest neighbour
+        radii = torch.cat(nearest, 1).kthvalue(k + 1, keepdim=True).values
+
+        for start in range(0, len(points), PR_BLOCK):
+            block = slice(start, start + PR_BLOCK)
+            distances = squared_distances(centres, points[block], fp16)
+            inside[block] |= (distances <= radii).any(0)
+    return inside.double().mean().item()
 
 
 def squared_distances(u, v, fp16):
     """|u|^2 - 2 u.v + |v|^2 of all pairs of rows: u [N, D], v [M, D] -> fp32 [N, M]."""
-    # ADM rounds every intermediate but sums to fp16, unless one overflows: P, R rise by 0.001 to 0.002
-    for dtype in (torch.float16, torch.float32) if fp16 else (torch.float32,):
-        x, y = u.to(dtype), v.to(dtype)
-        norm_x, norm_y = ((z * z).float().sum(1).to(dtype) for z in (x, y))
-        product = (x.float() @ y.float().T).to(dtype)
-        squared = (norm_x[:, None] - 2 * product + norm_y).clamp(min=0)
-        if squared.isfinite().all():
-            break
-    return squared.float()
+    if fp16:
+        rounded = rounded_distances(u, v, torch.float16)
+        if rounded.isfinite().all():  # if a value overflows, ADM takes fp32 for the block
+            return rounded
+    return rounded_distances(u, v, torch.float32)
 
 
-def manifold_share(points, manifold, k, fp16):
-    """Share of points [N, D] in balls around the rows of manifold [M, D], each up to its k-th neighbour."""
-    inside = torch.zeros(len(points), dtype=torch.bool, device=points.device)
-    for u in manifold.split(PR_BLOCK):
-        blocks = (squared_distances(u, v, fp16) for v in manifold.split(PR_BLOCK))
-        near = torch.cat([x.topk(min(k + 1, x.shape[1]), largest=False).values for x in blocks], 1)
-        radii = near.kthvalue(k + 1, keepdim=True).values  # k + 1: each row is its own nearest
-        inside |= torch.cat([(squared_distances(u, v, fp16) <= radii).any(0) for v in points.split(PR_BLOCK)])
-    return inside.double().mean().item()
+def rounded_distances(u, v, dtype):
+    """Squared distances with every intermediate rounded to dtype, as in ADM; sums run in fp32."""
+    u = u.to(dtype)
+    v = v.to(dtype)
+    norm_u = (u * u).float().sum(1, keepdim=True).to(dtype)          # [N, 1]
+    norm_v = (v * v).float().sum(1).to(dtype)                        # [M]
+    product = (u.float() @ v.float().T).to(dtype)                    # [N, M]
+    return (norm_u - 2 * product + norm_v).clamp(min=0).float()
 
 
-def precision_recall(reference, samples, k=3, fp16=True):
-    """Precision and recall (arXiv 1904.06991): reference [N, D], samples [M, D], N, M > k -> two floats."""
-    if min(len(reference), len(samples)) <= k:
-        raise ValueError(f"precision_recall needs more than {k} rows: {len(reference)}, {len(samples)}")
-    return manifold_share(samples, reference, k, fp16), manifold_share(reference, samples, k, fp16)
+# ---- features and report
 
 
-# ---- files
-def fail(message):
-    """Ends with one line on stderr and exit code 1."""
-    raise SystemExit(f"fid.py: {message}")
+@dataclasses.dataclass
+class Measured:
+    """What the metrics need of a set of images. The keys are "fid" and "sfid", as far as known."""
+
+    features: dict                                                   # [N, D]
+    statistics: dict                                                 # mu [D], sigma [D, D], fp64
 
 
-@contextlib.contextmanager
-def naming(path, remedy="is the name right, the file complete? copy or download it again"):
-    """Turns whatever a reader raises on a damaged file (ten types and more) into one line."""
+def measure(source, model, args, rank, world):
+    """Compute the features and the statistics of a source of images. -> Measured
+
+    Statistics that the source stores win over computed ones, as in ADM. Features are not kept for
+    --stats, because a training set has too many.
+    """
+    count = source.shape[0]
+    if count == 0:
+        return Measured({}, source.stored)
+
+    features = {}
+    sum_x = {}
+    sum_xx = {}
+    for kind, d in model.widths.items():
+        if not args.stats:
+            features[kind] = torch.zeros(count, d, device=args.device)
+        sum_x[kind] = torch.zeros(d, dtype=torch.float64, device=args.device)
+        sum_xx[kind] = torch.zeros(d, d, dtype=torch.float64, device=args.device)
+
+    # A process takes consecutive images: rows stay in file order, which the Inception Score needs.
+    first = count * rank // world
+    last = count * (rank + 1) // world
+    starts = range(first, last, args.batch_size)
+    with ThreadPoolExecutor(source.threads) as pool:
+        for start in tqdm(starts, source.path.name, unit=" batches", disable=rank > 0):
+            rows = range(start, min(start + args.batch_size, last))
+            batch = list(pool.map(source.__getitem__, rows))
+            if {image.shape for image in batch} != {source.shape[1:]}:
+                raise UserError(
+                    f"{source.path}: holds images of different sizes; "
+                    "crop them to one with --image-size"
+                )
+            images = torch.from_numpy(np.stack(batch)).to(args.device)
+            outputs = model(images.permute(0, 3, 1, 2))
+            for kind, x in zip(model.widths, outputs, strict=True):
+                if not args.stats:
+                    features[kind][start : rows.stop] = x
+                x = x.double()
+                sum_x[kind] += x.sum(0)
+                sum_xx[kind] += x.T @ x
+
+    if world > 1:  # every process holds zeros in the rows of the others
+        with explaining("the other processes", "their first message says why", RuntimeError):
+            for x in (*features.values(), *sum_x.values(), *sum_xx.values()):
+                dist.all_reduce(x)
+
+    statistics = {}
+    for kind in model.widths:
+        mean = sum_x[kind].cpu() / count
+        second_moment = sum_xx[kind].cpu() / count
+        if not second_moment.isfinite().all():
+            raise UserError(f"{source.path}: its features are not finite; are the weights intact?")
+        covariance = (second_moment - mean.outer(mean)) * count / (count - 1)
+        statistics[kind] = (mean, covariance)
+    return Measured(features, source.stored or statistics)
+
+
+def compare(reference, samples, model, args):
+    """Metrics of two Measured, by name. None where one lacks the statistics or the features."""
+    results = dict.fromkeys(METRICS)
+    for kind in reference.statistics:
+        if kind in samples.statistics:
+            gaussians = (*reference.statistics[kind], *samples.statistics[kind])
+            results[kind] = frechet_distance(*gaussians)
+    if samples.features and args.features == "inception":
+        logits = samples.features["fid"] @ model.fc.weight.T  # without bias, as in ADM
+        results["inception_score"] = inception_score(logits)
+    if samples.features and reference.features:
+        pair = (reference.features["fid"], samples.features["fid"])
+        shares = precision_recall(*pair, fp16=not args.fp32_distances)
+        results["precision"], results["recall"] = shares
+    return results
+
+
+def floor(reference, sets, model, args):
+    """Compare n random images of the reference with its others. None for fewer than 8 images."""
+    if not reference.features:
+        return None
+    count = len(reference.features["fid"])
+    sizes = [len(samples.features["fid"]) for samples in sets if samples.features]
+    n = min([count // 2, *sizes])
+    if n < 4:
+        return None
+
+    order = torch.from_numpy(np.random.RandomState(0).permutation(count))
+    row = {"set": f"floor: {n} of REF against its other {count - n}", "images": n}
+    return row | compare(subset(reference, order[n:]), subset(reference, order[:n]), model, args)
+
+
+def subset(measured, rows):
+    """Some rows of a Measured, with their own statistics."""
+    part = Measured({}, {})
+    for kind, features in measured.features.items():
+        x = features[rows].double()
+        part.features[kind] = features[rows]
+        part.statistics[kind] = (x.mean(0), x.T.cov())
+    return part
+
+
+def report(sources, measured, model, weights, args, world):
+    """Compare every set of samples with the reference, the first. Write --json, then print."""
+    reference, *sets = measured
+    shared = {
+        "reference": describe(sources[0]) | {"sha256": file_hash(sources[0].path)},
+        "features": {
+            "network": model.name,
+            "weights_sha256": weights,
+            "dtype": "fp32, statistics fp64",
+        },
+        "precision_recall": {
+            "k": 3,
+            "distances": "fp32" if args.fp32_distances else "fp16 rounding as ADM",
+        },
+        "run": {"device": args.device, "processes": world, "torch": torch.__version__},
+    }
+    rows = []
+    for source, samples in zip(sources[1:], sets, strict=True):
+        row = compare(reference, samples, model, args)
+        row["set"] = str(source.path)
+        row["protocol"] = shared | {"samples": describe(source), "sampling": sampling(source)}
+        rows.append(row)
+    floor_row = floor(reference, sets, model, args)
+
     try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]  # PyTorch's messages go on for many lines
-        fail(f"{path}: cannot be used ({type(error).__name__}: {reason}); {remedy}")
+        if args.json:
+            result = rows[0] if len(rows) == 1 else {"sets": rows}
+            text = json.dumps(result | {"floor": floor_row}, indent=1)
+            write(args.json, lambda file: file.write(text.encode()))
+    finally:  # a full disk does not lose the results
+        print_table(rows, floor_row)
+        if args.features == "inception":  # nobody quotes figures of pixels
+            for source in sources:
+                warn_about(source, is_reference=source is sources[0])
+
+
+def describe(source):
+    return {
+        "path": str(source.path),
+        "images": list(source.shape),
+        "statistics": "stored" if source.stored else "computed",
+    }
+
+
+def sampling(source):
+    """The settings that sample.py stored beside its images, or None."""
+    try:
+        return dict(json.loads(str(source.extra["protocol"])))
+    except (KeyError, ValueError, TypeError):
+        return None
+
+
+def print_table(rows, floor_row):
+    print(*[f"{name:>15}" for name in METRICS])
+    for row in [*rows, floor_row] if floor_row else rows:
+        for name in METRICS:
+            cell = "-" if row[name] is None else f"{row[name]:.4f}"
+            if cell == "-0.0000":
+                cell = "0.0000"
+            print(f"{cell:>15}", end=" ")
+        print("", row["set"])
+
+    for row in rows:
+        for name, settings in row["protocol"].items():
+            if row is not rows[0] and name not in ("samples", "sampling"):
+                continue  # all rows share it
+            words = [f"{key} {value}" for key, value in (settings or {}).items()]
+            print(f"{name:16}", ", ".join(words) or "not recorded")
+
+
+def warn_about(source, is_reference):
+    count = source.shape[0]
+    labels = source.extra.get("arr_1")
+    if not source.stored and count < 50_000:
+        warn(
+            f"{source.path}: {count} images; "
+            "the fewer there are, the higher is the FID; papers use 50,000"
+        )
+    if source.stored and "sfid" not in source.stored:
+        warn(f"{source.path}: no mu_s and sigma_s, which sFID needs; --stats writes them")
+    if is_reference or labels is None or labels.shape != (count,):
+        return
+    if labels[0] < labels[-1] and (labels[:-1] <= labels[1:]).all():
+        warn(f"{source.path}: sorted by class, which makes the Inception Score far too low")
+
+
+# ---- files: sources of images have .path, .shape (N, H, W, 3), .threads that may read at once,
+# .extra (the small arrays of an .npz), .stored (see open_source) and source[i], an image
+
+
+EXTRA = ("mu", "sigma", "mu_s", "sigma_s", "arr_1", "protocol")
+IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+OTHER_IMAGES = ".avif .bmp .gif .heic .heif .jfif .jp2 .jxl .pgm .pnm .ppm .tga .tif .tiff"
+MOST_PIXELS = 2**28  # of a resized image: 0.8 GB
+
+
+def open_source(path, args):
+    """Open and check a set of images. Its .stored has the statistics of an .npz, if they count."""
+    if path.is_dir():
+        source = FolderImages(path, args.image_size)
+    elif path.is_file():
+        source = ArrayImages(path)
+    else:
+        raise UserError(f"{path}: no such file or folder")
+
+    source.stored = {}
+    if args.features == "inception" and not args.stats:
+        source.stored = stored_statistics(source)
+
+    count = source.shape[0]
+    shape = list(source.shape[1:])
+    if count < 4 and not (count == 0 and source.stored):
+        raise UserError(
+            f"{path}: holds {count} images; "
+            "at least 4 are needed, and 50,000 for a figure to quote"
+        )
+    if count and args.image_size and shape[:2] != [args.image_size, args.image_size]:
+        raise UserError(
+            f"{path}: holds images of {shape}; "
+            f"--image-size {args.image_size} crops folders only"
+        )
+    return source
+
+
+def stored_statistics(source):
+    """Statistics that an .npz holds: {"fid": (mu, sigma), "sfid": (mu_s, sigma_s)}, if present."""
+    stored = {}
+    for kind, suffix in (("fid", ""), ("sfid", "_s")):
+        mu = source.extra.get(f"mu{suffix}")
+        sigma = source.extra.get(f"sigma{suffix}")
+        if mu is None or sigma is None:
+            continue
+        d = InceptionV3.widths[kind]
+        with explaining(source.path, "make it again with --stats"):
+            finite = np.isfinite(mu).all() and np.isfinite(sigma).all()
+            if mu.shape != (d,) or sigma.shape != (d, d) or not finite:
+                raise ValueError(
+                    f"mu{suffix} and sigma{suffix} are "
+                    f"not finite arrays of shape ({d},) and ({d}, {d})"
+                )
+        stored[kind] = (mu, sigma)
+    return stored
+
+
+class ArrayImages:
+    """Images of an .npz (`arr_0`) or .npy, read one by one, because there may be 10 GB of them."""
+
+    threads = 1  # the file has one position
+
+    def __init__(self, path):
+        self.path = path
+        self.shape = (0,)
+        self.extra = {}
+        with explaining(path):
+            if path.suffix.lower() == ".npy":
+                self.file = open(path, "rb")
+                size = path.stat().st_size
+            else:
+                archive = np.lib.npyio.NpzFile(path, allow_pickle=False)
+                self.extra = {name: archive[name] for name in archive.files if name in EXTRA}
+                if "mu" in self.extra and "arr_0" not in archive.files:
+                    return
+                self.file = archive.zip.open("arr_0.npy")
+                size = archive.zip.getinfo("arr_0.npy").file_size
+            if np.lib.format.read_magic(self.file) == (1, 0):
+                header = np.lib.format.read_array_header_1_0(self.file)
+            else:
+                header = np.lib.format.read_array_header_2_0(self.file)
+        self.shape, fortran_order, dtype = header
+        self.start = self.file.tell()
+
+        complete = self.start + math.prod(self.shape) == size
+        if dtype != np.uint8 or self.shape[3:] != (3,) or fortran_order or not complete:
+            raise UserError(
+                f"{path}: {dtype} {list(self.shape)} in {size} bytes, "
+                "expected uint8 [N, H, W, 3] in C order; "
+                "of float NCHW in [-1, 1] save 127.5 * x + 128, clipped and transposed"
+            )
+
+    def __getitem__(self, i):
+        shape = self.shape[1:]
+        size = math.prod(shape)
+        with explaining(self.path):
+            self.file.seek(self.start + int(i) * size)
+            return np.frombuffer(self.file.read(size), np.uint8).reshape(shape)
+
+
+class FolderImages:
+    """Images of a folder and its subfolders, sorted by path, as RGB; cropped if a size is given."""
+
+    threads = None  # as many as suit the machine
+
+    def __init__(self, path, size):
+        self.path = path
+        self.size = size
+        self.files = []
+        others = []
+        with explaining(path, "make it readable", OSError):
+            for file in list_files(path):
+                suffix = file.suffix.lower()
+                if suffix in IMAGES:
+                    self.files.append(file)
+                elif suffix in OTHER_IMAGES.split():
+                    others.append(file)
+        if others:
+            kinds = sorted({file.suffix.lower() for file in others})
+            warn(
+                f"{path}: left out {len(others)} images of other types ({' '.join(kinds)}), "
+                f"such as {others[0]}; only {' '.join(IMAGES)} are read"
+            )
+
+        folders = [str(file.parent) for file in self.files]
+        self.extra = {"arr_1": np.unique(folders, return_inverse=True)[1]}
+        self.shape = (len(self.files),)
+        if self.files:
+            self.shape += self[0].shape
+
+    def __getitem__(self, i):
+        file = self.files[i]
+        if not file.is_file():
+            raise UserError(f"{file}: not a file; remove it")
+        with explaining(file, "replace or remove it"), Image.open(file) as image:
+            rgb = to_rgb(image)  # as ADM, whatever EXIF says about the orientation
+            if self.size:
+                rgb = center_crop(rgb, self.size)
+            return np.asarray(rgb)
+
+
+def list_files(folder, parents=()):
+    """Yield the files below a folder, sorted. Links are followed; hidden files are left out."""
+    real = os.path.realpath(folder)
+    if real in parents:  # a link that leads back
+        return
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name.startswith(".") or entry.name == "__MACOSX":
+            continue
+        if entry.is_dir():
+            yield from list_files(entry.path, (*parents, real))
+        else:
+            yield Path(entry.path)
+
+
+def to_rgb(image):
+    """Convert a PIL image to RGB as ADM does, but scale 16-bit grey, which PIL would clip to white.
+
+    Raises ValueError for 32-bit integers and floats, because their range is unknown.
+    """
+    # older versions of Pillow open a 16-bit PNG in mode I
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        grey = np.asarray(image).astype(np.int32)
+        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))  # 65535 / 257 = 255
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"its mode {image.mode} has 32 bits per pixel; save it with 8 or 16")
+    return image.convert("RGB")
+
+
+def center_crop(image, size):
+    """ADM's crop of a PIL image to size x size: halve it (box), resize it (bicubic), cut it out.
+
+    Raises ValueError if it is so narrow that the resized image would fill the memory.
+    """
+    while min(image.size) >= 2 * size:
+        half = (image.width // 2, image.height // 2)
+        image = image.resize(half, Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width = round(image.width * scale)
+    height = round(image.height * scale)
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels would become {width} x {height}")
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left = (width - size) // 2
+    top = (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def write_reference(path, source, statistics):
+    """Write statistics, and 10,000 random images for precision and recall, as ADM's references."""
+    mu, sigma = statistics["fid"]
+    mu_s, sigma_s = statistics["sfid"]
+    order = np.random.RandomState(0).permutation(source.shape[0])
+    images = np.stack([source[i] for i in sorted(order[:PR_IMAGES])])
+    arrays = dict(mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, arr_0=images)
+    write(path, lambda file: np.savez(file, **arrays))
 
 
 def write(path, save):
-    """Calls save(file). Only a finished file takes the place of an old one."""
+    """Call save(file). Only a finished file takes the place of an old one."""
     temporary = path.with_name(f"{path.name}.tmp")
-    with naming(path, "name another file or free the disk"):
+    with explaining(path, "name another file or free the disk", OSError):
         try:
             with open(temporary, "wb") as file:
                 save(file)
@@ -191,269 +630,208 @@ def write(path, save):
 
 
 def file_hash(path):
-    """First 16 hexadecimal digits of a file's SHA-256; None for a folder."""
-    return None if path.is_dir() else hashlib.sha256(np.memmap(path, mode="r")).hexdigest()[:16]
+    """The first 16 hexadecimal digits of a file's SHA-256; None for a folder."""
+    if path.is_dir():
+        return None
+    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()[:16]
 
 
-class ArrayImages:
-    """Images of an .npz (`arr_0`, deflated or not) or .npy, read one by one: there may be 10 GB of them."""
-
-    def __init__(self, path):
-        self.path, self.shape, self.extra = path, (0,), {}  # extra: the small arrays of an .npz
-        with naming(path):
-            if path.suffix == ".npy":
-                self.file, size = open(path, "rb"), path.stat().st_size
-            else:
-                archive = np.lib.npyio.NpzFile(path, allow_pickle=False)
-                self.extra = {name: archive[name] for name in EXTRA if name in archive.files}
-                if "mu" in self.extra and "arr_0" not in archive.files:
-                    return
-                self.file, size = archive.zip.open("arr_0.npy"), archive.zip.getinfo("arr_0.npy").file_size
-            np.lib.format.read_magic(self.file)
-            self.shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(self.file)
-        self.start = self.file.tell()
-        complete = not fortran_order and self.start + math.prod(self.shape) == size
-        if dtype != np.uint8 or self.shape[3:] != (3,) or 0 in self.shape[1:] or not complete:
-            found = f"{dtype} {list(self.shape)} in {size} bytes, expected uint8 [N, H, W, 3] in C order"
-            fail(f"{path}: {found}; of float NCHW in [-1, 1] save 127.5 * x + 128, clipped and transposed")
-
-    def __getitem__(self, i):
-        size = math.prod(self.shape[1:])
-        with naming(self.path):
-            self.file.seek(self.start + int(i) * size)
-            return np.frombuffer(self.file.read(size), np.uint8).reshape(self.shape[1:])
-
-
-class FolderImages:
-    """Images of a folder and its subfolders, sorted by path, as RGB; cropped if a size is given."""
-
-    def __init__(self, path, size):
-        self.path, self.size = path, size
-        walk = os.walk(path, onerror=fail)  # without it, a folder that cannot be opened would be left out
-        found = (Path(folder, name) for folder, _, names in walk for name in names)
-        self.files = sorted(x for x in found if x.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
-        self.extra = {"arr_1": np.unique([str(x.parent) for x in self.files], return_inverse=True)[1]}
-        self.shape = (len(self.files), *(self[0].shape if self.files else ()))
-
-    def __getitem__(self, i):
-        if not self.files[i].is_file():
-            fail(f"{self.files[i]}: not a file; remove it")
-        with naming(self.files[i]), Image.open(self.files[i]) as image:  # ADM ignores EXIF orientation
-            if max(image.size) >= 200 * min(image.size):  # scaled, it would fill the memory
-                raise ValueError(f"{image.width} x {image.height} pixels")
-            image = image.convert("RGB")
-            return np.asarray(center_crop(image, self.size) if self.size else image)
-
-
-def center_crop(image, size):
-    """ADM's crop of a PIL image to size x size: halve (box) while possible, resize (bicubic), cut out."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-def open_side(path, args):
-    """One side of a comparison: its images, if any, and `stored`: (mu, sigma) and (mu_s, sigma_s), if any."""
-    if not path.is_dir() and not path.is_file():
-        fail(f"{path}: no such file or folder")
-    side = FolderImages(path, args.image_size) if path.is_dir() else ArrayImages(path)
-    side.stored, side.features = [], []
-    widths = InceptionV3.widths if args.features == "inception" and not args.stats else ()
-    with naming(path, "make it again with --stats"):
-        arrays = iter([side.extra[name].astype(np.float64) for name in STATISTICS if name in side.extra])
-        for d, mu, sigma in zip(widths, arrays, arrays, strict=False):
-            # products of larger ones overflow; "not max < 1e100" because that refuses NaN as well
-            if (mu.shape, sigma.shape) != ((d,), (d, d)) or not np.abs(np.vstack([mu, sigma])).max() < 1e100:
-                raise ValueError(f"{STATISTICS} are not finite arrays of shape ({d},) and ({d}, {d})")
-            side.stored.append((mu, sigma))
-    side.statistics, (n, *shape) = side.stored, side.shape
-    kind = "stored" if side.stored else "computed"
-    side.summary = {"path": str(path), "images": list(side.shape), "statistics": kind}
-    if n < 4 and (n or not side.stored):
-        fail(f"{path}: holds {n} images; at least 4 are needed, and 50,000 for a figure to quote")
-    if n and args.image_size and shape[:2] != 2 * [args.image_size]:
-        fail(f"{path}: holds images of {shape}; --image-size {args.image_size} crops folders only")
-    return side
-
-
-def write_reference(path, side):
-    """An ADM reference file: statistics, and 10,000 random images, or all, for precision and recall."""
-    chosen = np.sort(np.random.RandomState(0).permutation(side.shape[0])[:PR_IMAGES])
-    arrays = dict(zip(STATISTICS, (x for pair in side.statistics for x in pair), strict=True))
-    write(path, lambda file: np.savez(file, **arrays, arr_0=np.stack([side[i] for i in chosen])))
+WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
+URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
 
 
 def load_weights(model, path):
-    """Loads a file, or the published one from torch.hub's cache or the internet -> file_hash of the file."""
+    """Load a file, or the published weights (torch.hub's cache, or a download). -> its file_hash"""
     file = path or Path(torch.hub.get_dir(), "checkpoints", WEIGHTS)
-    with naming(file, f"put the FID Inception weights there, or name your copy with --weights: {URL}"):
+    remedy = f"put the FID Inception weights there, or name your copy with --weights: {URL}"
+    with explaining(file, remedy):
         if path is None:
-            torch.hub.load_state_dict_from_url(URL, map_location="cpu", check_hash=True, weights_only=True)
+            torch.hub.load_state_dict_from_url(URL, check_hash=True, weights_only=True)
         model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-        if not all(x.isfinite().all() for x in model.state_dict().values()):
-            raise ValueError("weights that are not finite")
     return file_hash(file)
 
 
-# ---- features and report
-def measure(side, model, args, rank, world):
-    """Sets side.features, one [N, D] per kind, unless args.stats, and side.statistics, unless stored."""
-    n, size = side.shape[0], args.batch_size
-    steps = range(n * rank // world, n * (rank + 1) // world, size)  # rows stay in file order, for IS
-    if not args.stats:
-        side.features = [torch.zeros(n, d, device=args.device) for d in model.widths]
-    sums = [torch.zeros(d + 1, d, dtype=torch.float64, device=args.device) for d in model.widths]
-    with ThreadPoolExecutor(1 if isinstance(side, ArrayImages) else None) as pool:  # a file has one position
-        for i in tqdm(steps, side.path.name, unit=" batches", disable=rank > 0):
-            batch = list(pool.map(side.__getitem__, range(i, min(i + size, steps.stop))))
-            if {image.shape for image in batch} != {side.shape[1:]}:
-                fail(f"{side.path}: holds images of different sizes; crop them to one with --image-size")
-            with naming(side.path, f"is --batch-size {size} too large for the memory?"):
-                outputs = model(torch.from_numpy(np.stack(batch)).to(args.device).permute(0, 3, 1, 2))
-            for x, total in zip(outputs, sums, strict=True):  # of x x^T and, in the last row, of x
-                total += torch.nn.functional.pad(x, (0, 1), value=1).double().T @ x.double()
-            for x, features in zip(outputs, side.features, strict=False):
-                features[i : i + len(batch)] = x
-    if world > 1:
-        with naming("the other processes", "the first message says why"):
-            for x in (*side.features, *sums):  # rows, too: those of other processes are 0 here
-                dist.all_reduce(x)
-    if not all(x.isfinite().all() for x in sums):
-        fail(f"{side.path}: its features are not finite; are the weights intact?")
-    moments = [(x[:-1].cpu() / n, x[-1].cpu() / n) for x in sums]
-    side.statistics = side.stored or [(m, (xx - m.outer(m)) * n / (n - 1)) for xx, m in moments]
+# ---- errors and warnings
 
 
-def compare(reference, samples, model, args):
-    """The metrics by name; None where a side lacks the statistics or the features that one needs."""
-    results = dict.fromkeys(METRICS)
-    for name, r, s in zip(METRICS[:2], reference.statistics, samples.statistics, strict=False):
-        results[name] = frechet_distance(*r, *s)
-    if samples.features and args.features == "inception":  # logits without bias, as ADM
-        results["inception_score"] = inception_score(samples.features[0] @ model.fc.weight.T)
-    if samples.features and reference.features:
-        pair = precision_recall(reference.features[0], samples.features[0], fp16=not args.fp32_distances)
-        results["precision"], results["recall"] = pair
-    return results
+class UserError(Exception):
+    """Something that the user can repair; its one line names the thing and the remedy."""
 
 
-def floor(reference, sets, model, args):
-    """The metrics of n random images of the reference against its N - n others; None below 8 images."""
-    count = reference.shape[0]
-    n = min([count // 2, *(side.shape[0] for side in sets if side.features)])
-    if n < 4:
-        return None
-    order = torch.from_numpy(np.random.RandomState(0).permutation(count))
-    parts = [argparse.Namespace(features=[x[i] for x in reference.features]) for i in (order[n:], order[:n])]
-    for part in parts:
-        part.statistics = [(x.mean(0), x.T.cov()) for x in map(torch.Tensor.double, part.features)]
-    name = f"floor: {n} of REF against its other {count - n}"
-    return {"set": name, "images": n} | compare(*parts, model, args)
+def warn(message):
+    """Print a warning, once for all processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"fid.py: warning: {message}", file=sys.stderr)
 
 
-def report(sides, model, weights, args, world):
-    """Prints the metrics of all sets and of the floor, their protocol, and warnings; --json writes them."""
-    reference, *sets = sides
-    shared = {
-        "reference": reference.summary | {"sha256": file_hash(reference.path)},
-        "features": {"network": model.name, "weights_sha256": weights, "dtype": "fp32, statistics fp64"},
-        "precision_recall": {"k": 3, "distances": "fp32" if args.fp32_distances else "fp16 rounding as ADM"},
-        "run": {"device": args.device, "processes": world, "torch": torch.__version__},
-    }
-    rows, protocol = [], list(shared.items())
-    for side in sets:
-        own = {"samples": side.summary, "sampling": None}
-        with contextlib.suppress(ValueError, TypeError, RecursionError):  # what sample.py stored, if it did
-            own["sampling"] = dict(json.loads(str(side.extra.get("protocol"))))
-        rows.append(compare(reference, side, model, args) | {"set": str(side.path), "protocol": shared | own})
-        protocol += own.items()
-    real = floor(reference, sets, model, args)
-    result = (rows[0] if len(rows) == 1 else {"sets": rows}) | {"floor": real}
-    print(*(f"{key:>15}" for key in METRICS))
-    for row in filter(None, (*rows, real)):  # + 0 turns -0.0 into 0.0
-        values = ("-" if row[key] is None else f"{round(row[key], 4) + 0:.4f}" for key in METRICS)
-        print(*(f"{value:>15}" for value in values), "", row["set"])
-    for key, value in protocol:
-        print(f"{key:16}", ", ".join(f"{k} {v}" for k, v in value.items()) if value else "not recorded")
-    for side in sides if args.features == "inception" else ():  # pixels are no figure to quote
-        n, labels = side.shape[0], side.extra.get("arr_1", np.zeros(0))
-        labelled = side in sets and labels.shape == (n,) and labels.dtype.kind in "iu"
-        ascending = labelled and len(np.unique(labels)) > 1 and (labels == np.sort(labels)).all()
-        for wrong, message in (
-            (not side.stored and n < 50_000, f"{n} images; the fewer, the higher the FID; papers use 50,000"),
-            (len(side.stored) == 1, "no mu_s and sigma_s, which sFID needs; --stats writes them"),
-            (ascending, "sorted by class, which makes the Inception Score far too low"),
-        ):
-            if wrong:
-                print(f"fid.py: warning: {side.path}: {message}", file=sys.stderr)
-    if args.json:
-        write(args.json, lambda file: file.write(json.dumps(result, indent=1).encode()))
+@contextlib.contextmanager
+def explaining(what, remedy="is the file complete? copy or download it again", errors=Exception):
+    """Turn what a decoder of a user's file raises (ten types and more) into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except errors as error:
+        reason = " ".join(str(error).split())[:200]  # PyTorch's messages go on for many lines
+        kind = type(error).__name__
+        raise UserError(f"{what}: cannot be used ({kind}: {reason}); {remedy}") from None
 
 
 # ---- command line
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def error(self, message):
+        raise UserError(message)
+
+
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.error = fail  # one line, without the usage
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="fid.py", description=__doc__, formatter_class=layout)
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     add = parser.add_argument
-    add("paths", nargs="*", type=Path, metavar="REF SAMPLES", help="each an .npz, .npy or folder")
-    add("--stats", action="store_true", help="make a reference of one set of images; compare nothing")
-    add("--out", type=Path, metavar="REF", help="the .npz that --stats writes")
-    add("--json", type=Path, metavar="FILE", help="also write the results to this file (default: do not)")
-    add("--image-size", type=int, metavar="PIXELS", help="crop images of folders (default: do not)")
-    add("--features", choices=["inception", "pixels"], default="inception", help="(default: %(default)s)")
-    add("--weights", type=Path, help="FID Inception weights (default: torch.hub's cache, or download)")
-    add("--batch-size", type=int, default=64, help="images per process (default: %(default)s)")
-    add("--device", choices=devices, default=devices[0], help="(default here: %(default)s)")
-    add("--fp32-distances", action="store_true", help="do not round distances to fp16 (default: as ADM does)")
+    add("paths", nargs="*", type=path_name, metavar="REF SAMPLES",
+        help="each is an .npz, an .npy or a folder of images")
+    add("--stats", action="store_true",
+        help="make a reference of one set of images; compare nothing")
+    add("--out", type=path_name, metavar="REF",
+        help="the .npz that --stats writes")
+    add("--json", type=path_name, metavar="FILE",
+        help="also write the results to this file (default: do not)")
+    add("--image-size", type=int, metavar="PIXELS",
+        help="crop the images of folders to this size (default: do not)")
+    add("--features", choices=["inception", "pixels"], default="inception",
+        help="what the metrics compare (default: %(default)s)")
+    add("--weights", type=path_name,
+        help="a file of FID Inception weights (default: torch.hub's cache, or download them)")
+    add("--batch-size", type=int, default=64,
+        help="number of images per process (default: %(default)s)")
+    add("--device", choices=devices, default=devices[0],
+        help="where the network runs (default here: %(default)s)")
+    add("--fp32-distances", action="store_true",
+        help="do not round distances to fp16 (default: round them, as ADM does)")
     args = parser.parse_intermixed_args(argv)
-    output, inputs = args.out or args.json, [path.resolve() for path in (*args.paths, args.weights) if path]
-    flag, size = "--out" if args.out else "--json", args.image_size
-    writable = output and output.is_file() == output.exists() and os.access(f"{output.parent}/", os.W_OK)
-    proper = args.stats and len(args.paths) == 1 and not args.json and args.features == "inception"
-    for wrong, message in (
-        (args.batch_size < 1, f"--batch-size {args.batch_size} must be above 0"),
-        (size is not None and not 1 <= size <= 4096, f"--image-size {size} must be above 0, at most 4096"),
-        (not args.stats and len(args.paths) < 2, "give REF and SAMPLES, or --stats IMAGES --out REF.npz"),
-        (args.stats and not proper, "--stats takes one set of images, no --json, no --features pixels"),
-        (args.stats != bool(args.out), "--stats IMAGES and --out REF.npz need each other; see also --json"),
-        (args.out and args.out.suffix != ".npz", f"--out {args.out}: must end in .npz"),
-        (output and output.resolve() in inputs, f"{flag} {output}: is an input as well; name another file"),
-        (output and not writable, f"{flag} {output}: cannot be written; name a file in an existing folder"),
-    ):
-        if wrong:
-            fail(message)
+
+    size = args.image_size
+    if args.batch_size < 1:
+        parser.error(f"--batch-size {args.batch_size} must be above 0")
+    if size is not None and not 1 <= size <= 4096:
+        parser.error(f"--image-size {size} must be above 0, at most 4096")
+    if not args.stats and len(args.paths) < 2:
+        parser.error("give REF and SAMPLES, or --stats IMAGES --out REF.npz")
+    if args.stats and (len(args.paths) != 1 or args.json or args.features == "pixels"):
+        parser.error("--stats takes one set of images, no --json, no --features pixels")
+    if args.stats != (args.out is not None):
+        parser.error("--stats IMAGES and --out REF.npz need each other; see also --json")
+    if args.out and args.out.suffix.lower() != ".npz":
+        parser.error(f"--out {args.out}: must end in .npz")
+    for flag, path in (("--out", args.out), ("--json", args.json)):
+        if path:
+            check_output(f"{flag} {path}", path, [*args.paths, args.weights])
     return args
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    sides = [open_side(path, args) for path in args.paths]  # all are looked at before the work begins
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # TF32 moves the features
+def path_name(text):
+    """An argparse type: Path("") would be the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; name a file or a folder")
+    return Path(text)
+
+
+def check_output(what, path, inputs):
+    """Refuse a file that cannot be written, before the work begins."""
+    if path.resolve() in [file.resolve() for file in inputs if file]:
+        raise UserError(f"{what}: is an input as well; name another file")
+    usable = path.is_file() or not path.exists()
+    if not usable or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{what}: cannot be written; name a file in an existing folder")
+
+
+TORCHRUN = "start several processes with torchrun, or unset RANK, LOCAL_RANK and WORLD_SIZE"
+
+
+def launch():
+    """Rank, rank on this machine, and number of processes, from the variables of torchrun."""
+    rank = process_number("RANK", "0")
+    local_rank = process_number("LOCAL_RANK", "0")
+    world = process_number("WORLD_SIZE", "1")
+    if rank >= world or ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
+        found = f"RANK={os.environ.get('RANK')} and WORLD_SIZE={os.environ.get('WORLD_SIZE')}"
+        raise UserError(f"{found} do not fit: {TORCHRUN}")
+    return rank, local_rank, world
+
+
+def process_number(name, default):
+    text = os.environ.get(name, default)
+    if not text.isdecimal():
+        raise UserError(f"{name}={text!r} is not a number: {TORCHRUN}")
+    return int(text)
+
+
+def evaluate(args):
+    """Everything that the program does. All sources are looked at before the work begins."""
+    rank, local_rank, world = launch()
+    sources = [open_source(path, args) for path in args.paths]
+
+    torch.backends.cuda.matmul.allow_tf32 = False  # TF32 moves the features
+    torch.backends.cudnn.allow_tf32 = False
     if args.device == "cuda":
-        with naming("GPU", "start one process per GPU"):
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if world > 1:  # hours: a later part of a deflated file has more before it to unpack
-        dist.init_process_group("gloo" if args.device == "cpu" else "nccl", timeout=timedelta(hours=6))
-    model = InceptionV3() if args.features == "inception" else PixelFeatures()
-    weights = load_weights(model, args.weights) if args.features == "inception" else None
-    layout = torch.channels_last if args.device == "cpu" else torch.contiguous_format
-    model.to(args.device, memory_format=layout)  # channels_last makes a CPU 1.4 times as fast
-    for side in (x for x in sides if x.shape[0]):
-        measure(side, model, args, rank, world)
+        with explaining("GPU", "start one process per GPU", RuntimeError):
+            torch.cuda.set_device(local_rank)
+    if world > 1:
+        backend = "nccl" if args.device == "cuda" else "gloo"
+        with explaining("the other processes", TORCHRUN, (RuntimeError, ValueError)):
+            # hours, because a later part of a deflated file has more before it to unpack
+            dist.init_process_group(backend, timeout=timedelta(hours=6))
+
+    model = PixelFeatures()
+    weights = None
+    if args.features == "inception":
+        model = InceptionV3()
+        weights = load_weights(model, args.weights)
+    if args.device == "cpu":
+        model.to(memory_format=torch.channels_last)  # 1.4 times as fast
+    model.to(args.device)
+    measured = [measure(source, model, args, rank, world) for source in sources]
+
     if world > 1:
         dist.destroy_process_group()
     if rank == 0 and args.stats:
-        write_reference(args.out, sides[0])
+        write_reference(args.out, sources[0], measured[0].statistics)
     elif rank == 0:
-        report(sides, model, weights, args, world)
+        report(sources, measured, model, weights, args, world)
+
+
+def main(argv=None):
+    """Run the command line. What a user can repair becomes one line and exit code 1."""
+    try:
+        args = parse_args(argv)
+        evaluate(args)
+    except UserError as error:
+        sys.exit(f"fid.py: {error}")
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        no_memory = re.search("(out of|enough|allocate) memory", str(error))
+        if isinstance(error, RuntimeError) and not no_memory:
+            raise
+        sys.exit(f"fid.py: --batch-size {args.batch_size} does not fit into the memory; lower it")
+
+
+def interrupt(*_):
+    """End in one line on Ctrl-C. The next one is ignored: it would disturb the end of this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise SystemExit("fid.py: interrupted")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names and foreign protocols may hold anything
-    main()
+    signal.signal(signal.SIGINT, interrupt)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None if it is closed
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file name may hold what it cannot encode
+    try:
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # its reader has gone, as in `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

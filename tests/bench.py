@@ -33,12 +33,12 @@ from unittest.mock import patch
 import numpy as np
 import timm
 import torch
-from torch.optim.swa_utils import AveragedModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import dit
 import extract_features
 import fid
+import files
 import sample
 import train_diversedit
 import train_repa
@@ -50,11 +50,11 @@ WARM_UP = 5  # steps of each run that are not counted; the first one compiles
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 NAME = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
-PEAK = dict(bf16=989, fp32=495)  # dense TFLOP/s of an H200's data sheet; fp32 products run in TF32
+PEAK = dict(bf16=989, fp32=495)  # dense TFLOP/s of the data sheets of H100 and H200, both SXM; fp32 is TF32
 
 
 def parse_args(argv=None):
-    parser, number = extract_features.Parser(__file__, __doc__), extract_features.number
+    parser, number = files.Parser(__file__, __doc__), files.number
     models = [f"{size}/2" for size in dit.SIZES if CUDA or size != "XL"]  # XL would take a CPU hours
     add = parser.add_argument
     add("what", choices=[*BENCHES, "all"])
@@ -73,6 +73,11 @@ def parse_args(argv=None):
         parser.error(f"--json {args.json}: no such folder {args.json.parent}")
     args.compile = ["off", "on"] if args.compile == "both" else [args.compile]
     return args
+
+
+def has_peak(name):
+    """Whether PEAK holds for a GPU of this name: the PCIe and NVL cards are slower."""
+    return ("H100" in name or "H200" in name) and "PCIe" not in name and "NVL" not in name
 
 
 def rate(images, seconds):
@@ -117,15 +122,27 @@ def write_cache(folder, images, size):
         "control": np.tile(np.int32([size, size, 0, 0, size, size, 0]), (16, 1, 1)),
         "targets": rng.standard_normal((16, 1, grid**2, 768), np.float32).astype(np.float16),
     }
+    tensors = {}
     for name, array in arrays.items():
-        arrays[name] = np.resize(array, (images, *array.shape[1:]))
-        np.save(folder / f"{name}.npy", arrays[name])
-    layout = {name: dict(shape=list(x.shape), dtype=str(x.dtype)) for name, x in arrays.items()}
-    meta = dict(format_version=extract_features.FORMAT_VERSION, count=images, image_size=size, views=1)
-    meta |= dict(source="random", limit=None, flip=False, crops=0, seed=0, vae="none", encoder="random")
-    meta |= dict(classes=[str(i) for i in range(1000)], target_widths=[768], grid=grid, skipped=[], chunk=64)
-    meta |= dict(latent_channels=4, latent_side=side, latent_scale=0.18215, latent_shift=0.0, complete=True)
-    (folder / "meta.json").write_text(json.dumps(meta | dict(arrays=layout)))
+        tensors[name] = torch.from_numpy(np.resize(array, (images, *array.shape[1:])))
+    files.write_tensors(extract_features.shard_file(folder, 0), tensors)
+    meta = {
+        "format_version": extract_features.FORMAT_VERSION,
+        "count": images,
+        "shard": images,
+        "views": 1,
+        "image_size": size,
+        "classes": [str(i) for i in range(1000)],
+        "vae": "none",
+        "latent_channels": 4,
+        "latent_side": side,
+        "latent_scale": 0.18215,
+        "latent_shift": 0.0,
+        "grid": grid,
+        "target_widths": [768],
+        "target_dtype": "float16",
+    }
+    files.write_json(folder / "meta.json", meta)
 
 
 def marking(function, part, marks, syncs):
@@ -150,9 +167,14 @@ def run_script(script, flags):
     """Run script.main. Returns a dict for each step, ms by part and `syncs`, and the last row of the log."""
     torch._dynamo.reset()  # or the compiled blocks of all variants add up to Dynamo's limit
     gc.collect()
-    ends = [(extract_features.CachedFeatures, "latents", "data"), (script.Objective, "forward", "forward")]
-    ends += [(torch.Tensor, "backward", "backward"), (AveragedModel, "update_parameters", "update")]
-    ends += [(train_sddit.Objective, "after_step", "update")]
+    ends = [
+        (files, "start_run", "start"),  # from here to the first latents: the data of the first step
+        (extract_features.CachedFeatures, "latents", "data"),
+        (script.Objective, "forward", "forward"),
+        (torch.Tensor, "backward", "backward"),
+        (script, "update_ema", "update"),
+        (train_sddit.Objective, "after_step", "update"),
+    ]
     marks, steps = [], []
     with ExitStack() as stack:
         out = stack.enter_context(TemporaryDirectory())
@@ -162,7 +184,7 @@ def run_script(script, flags):
         for owner, name, part in ends:
             function = marking(getattr(owner, name), part, marks, syncs)
             stack.enter_context(patch.object(owner, name, function))
-        stack.enter_context(patch.object(sample, "write_checkpoint", lambda path, state: None))
+        stack.enter_context(patch.object(files, "write_checkpoint", lambda path, state: None))
         stack.enter_context(patch.object(sys, "stdout", io.StringIO()))
         if CUDA:
             torch.cuda.empty_cache()
@@ -203,7 +225,7 @@ def bench_train(args, gemm):
         row["tflops"] = row["img_per_s"] * log["tflops"] / log["img_per_s"]
         row["of_gemm"] = row["tflops"] / gemm[args.precision]
         if CUDA:
-            row["of_peak"] = row["tflops"] / PEAK[args.precision] if "H200" in NAME else "-"
+            row["of_peak"] = row["tflops"] / PEAK[args.precision] if has_peak(NAME) else "-"
             row |= dict(memory_gb=log["memory_gb"], syncs=np.mean([step["syncs"] for step in steps]))
     return rows
 
@@ -218,7 +240,7 @@ def bench_sample(args, gemm):
     for batch, (arch, sampler, cfg, passes), mode in product(args.batch, kinds, args.compile):
         model = dit.build(config | dict(arch=arch)).to(DEVICE).eval()
         if mode == "on":
-            dit.compile_blocks(model)
+            files.compile_blocks(model)
         call = partial(sample.generate, model, range(batch), torch.arange(batch), sampler, n, scale=cfg)
         row = dict(arch=arch, sampler=sampler, cfg=cfg, batch=batch, compile=mode, passes=passes)
         jobs.append((row, call))

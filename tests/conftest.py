@@ -76,7 +76,7 @@ def objective_for(script, cache, *options):
     """The Objective of a script as its `main` builds it for the cache, with seed 0."""
     arguments = ["--data", cache, "--out", "nowhere", "--model", "nano/2", "--batch-size", 16, *options]
     args = script.parse_args([str(argument) for argument in arguments])
-    features, config, _ = script.prepare(args, 1)
+    features, config, _, _ = script.prepare(args, 1)
     torch.manual_seed(0)
     return script.Objective(dit.build(config), args, features.meta)
 

@@ -88,6 +88,22 @@ def test_sample(rows_of, monkeypatch):
         assert row["ms_per_pass"] == pytest.approx(2e3 / row["img_per_s"] / row["passes"])
 
 
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("NVIDIA H100 80GB HBM3", True),
+        ("NVIDIA H200", True),
+        ("NVIDIA H100 PCIe", False),
+        ("NVIDIA H100 NVL", False),
+        ("NVIDIA H200 NVL", False),
+        ("NVIDIA A100-SXM4-80GB", False),
+        ("CPU, 1 threads", False),
+    ],
+)
+def test_peak_is_that_of_the_sxm_cards(name, known):
+    assert bench.has_peak(name) == known
+
+
 def test_xl_needs_a_gpu(monkeypatch):
     monkeypatch.setattr(bench, "CUDA", False)
     with pytest.raises(SystemExit, match="--model.*XL/2"):

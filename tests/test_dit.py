@@ -1,7 +1,7 @@
-"""dit.py against published parameter counts, the official keys, and a forward pass written out by hand."""
+"""dit.py against published numbers, the official keys, and a forward pass written out by hand."""
 
+import importlib
 import math
-import os
 
 import numpy as np
 import pytest
@@ -10,9 +10,6 @@ import torch.nn.functional as F
 from conftest import randomize
 
 import dit
-import train_diversedit
-import train_repa
-import train_sddit
 
 COUNTS = {  # 256 px, patch 2, four channels: all parameters, and those that are trained
     "S": (32_957_200, 32_858_896),
@@ -21,7 +18,8 @@ COUNTS = {  # 256 px, patch 2, four channels: all parameters, and those that are
     "XL": (675_111_184, 674_816_272),
 }
 
-SMALL = dict(input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=2, num_heads=2, num_classes=5)
+SMALL = dict(input_size=8, patch_size=2, in_channels=3, num_classes=5)
+SMALL |= dict(hidden_size=32, depth=2, num_heads=2)
 
 
 def small_dit(**options):
@@ -61,13 +59,14 @@ def test_state_dict_keys_are_the_official_ones():
 
 def test_output_is_zero_at_initialisation():
     model = small_dit()
-    out, (tokens,) = model(torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([0, 4]), return_blocks=[3])
+    x, t, y = torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([0, 4])
+    out, (tokens,) = model(x, t, y, return_blocks=[3])
     assert out.shape == (2, 3, 8, 8) and (out == 0).all()
     assert tokens.shape == (2, 16, 32) and tokens.std() > 0.1
 
 
 def test_position_table():
-    """First half of the channels: column, second half: row; each [sin | cos] of p / 10000^(i / quarter)."""
+    """Channels: column, then row; each [sin | cos] of p / 10000^(i / quarter)."""
     table = dit.sincos_positions(3, 8)
     for row in range(3):
         for column in range(3):
@@ -78,7 +77,7 @@ def test_position_table():
 
 
 def test_timestep_embedding():
-    """[cos | sin] of raw t: emb(0) and emb(1) have cosine 0.972 (REPA#40); times 1000 it would be 0.19."""
+    """[cos | sin] of raw t: emb(0), emb(1) have cosine 0.972 (REPA#40); times 1000 it were 0.19."""
     captured = []
     embedder = dit.TimestepEmbedder(16)
     embedder.mlp = torch.nn.Module()
@@ -86,7 +85,8 @@ def test_timestep_embedding():
     embedder(torch.tensor([0.0, 1.0]))
     zero, one = captured[0]
     assert zero.tolist() == [1.0] * 128 + [0.0] * 128
-    expected = [f(math.exp(-math.log(10000) * i / 128)) for f in (math.cos, math.sin) for i in range(128)]
+    angles = [math.exp(-math.log(10000) * i / 128) for i in range(128)]
+    expected = [*map(math.cos, angles), *map(math.sin, angles)]
     assert one.tolist() == pytest.approx(expected, abs=1e-6)
     assert F.cosine_similarity(zero, one, dim=0).item() == pytest.approx(0.9721, abs=1e-4)
 
@@ -106,7 +106,8 @@ def test_block_against_a_slow_forward(qk_norm):
         return (v - v.mean()) / torch.sqrt(((v - v.mean()) ** 2).mean() + eps)
 
     modulation = linear("adaLN_modulation.1", c[0] * torch.sigmoid(c[0]))
-    shift1, scale1, gate1, shift2, scale2, gate2 = (modulation[i * D : (i + 1) * D] for i in range(6))
+    parts = [modulation[i * D : (i + 1) * D] for i in range(6)]
+    shift1, scale1, gate1, shift2, scale2, gate2 = parts
     tokens = [x[0, i] for i in range(T)]
     qkv = [linear("attn.qkv", norm(v) * (1 + scale1) + shift1) for v in tokens]
     attended = []
@@ -132,7 +133,7 @@ def test_block_against_a_slow_forward(qk_norm):
 
 
 def test_patches_and_unpatchify_are_inverse_in_layout():
-    """Token = row-major patch; within the output of a token the index is (row * P + column) * C + channel."""
+    """Token = row-major patch; index within a token: (row * P + column) * C + channel."""
     model = small_dit()
     image = torch.arange(2 * 3 * 8 * 8, dtype=torch.float32).view(2, 3, 8, 8)
     tokens = torch.zeros(2, 16, 12)
@@ -145,7 +146,8 @@ def test_patches_and_unpatchify_are_inverse_in_layout():
     assert torch.equal(model.unpatchify(tokens), image)
     weight, bias = model.x_embedder.proj.weight, model.x_embedder.proj.bias
     patch = image[1, :, 2:4, 4:6]  # token 1 * 4 + 2
-    torch.testing.assert_close(model.x_embedder(image)[1, 6], (weight * patch).sum((1, 2, 3)) + bias)
+    expected = (weight * patch).sum((1, 2, 3)) + bias
+    torch.testing.assert_close(model.x_embedder(image)[1, 6], expected)
 
 
 def test_tokens_on_request_are_block_outputs():
@@ -157,21 +159,40 @@ def test_tokens_on_request_are_block_outputs():
     plain = model(x, t, y)
     v, tokens = model(x, t, y, return_blocks=[1, 3])
     assert torch.equal(plain, v)
-    assert torch.equal(tokens[0], outputs[0]) and torch.equal(tokens[1], outputs[2]) and len(tokens) == 2
+    assert len(tokens) == 2
+    assert torch.equal(tokens[0], outputs[0]) and torch.equal(tokens[1], outputs[2])
+
+
+def test_tokens_come_in_the_order_asked_for():
+    """Also if a block is asked for twice; a block that does not exist is no silent gap."""
+    model = randomize(small_dit()).eval()
+    x, t, y = torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([1, 2])
+    v, (first, second, third) = model(x, t, y, return_blocks=[1, 2, 3])
+    again, tokens = model(x, t, y, return_blocks=[3, 1, 3])
+    assert torch.equal(v, again) and len(tokens) == 3
+    assert torch.equal(tokens[0], third) and torch.equal(tokens[1], first)
+    assert torch.equal(tokens[2], third) and not torch.equal(first, third)
+    assert model(x, t, y, return_blocks=[])[1] == []
+    with pytest.raises(KeyError, match="4"):
+        model(x, t, y, return_blocks=[1, 4])
 
 
 def test_label_dropout():
-    """The labels to drop become the null class, the last row; without a mask or a null class none does."""
+    """Labels to drop become the null class, the last row; without a mask or a null class none."""
     embedder, y = small_dit(class_dropout_prob=0.4).y_embedder, torch.tensor([0, 4, 2, 0])
     table, drop = embedder.embedding_table.weight, torch.tensor([True, False, True, False])
     assert embedder.dropout_prob == 0.4 and len(table) == 6
-    assert torch.equal(embedder(y, drop), table[[5, 4, 5, 0]]) and torch.equal(embedder(y), table[y])
+    assert torch.equal(embedder(y, drop), table[[5, 4, 5, 0]])
+    assert torch.equal(embedder(y), table[y])
     without = small_dit(class_dropout_prob=0.0).y_embedder
     assert len(without.embedding_table.weight) == 5
     assert torch.equal(without(y, drop), without.embedding_table.weight[y])
 
 
-@pytest.mark.parametrize("patch, side, channels, classes", [(1, 5, 1, 1), (4, 8, 7, 3), (3, 9, 4, 1000)])
+SHAPES = [(1, 5, 1, 1), (4, 8, 7, 3), (3, 9, 4, 1000)]
+
+
+@pytest.mark.parametrize("patch, side, channels, classes", SHAPES)
 def test_any_patch_latent_and_class_count(patch, side, channels, classes):
     options = dict(patch_size=patch, input_size=side, in_channels=channels, num_classes=classes)
     model = randomize(small_dit(**options))
@@ -182,6 +203,18 @@ def test_any_patch_latent_and_class_count(patch, side, channels, classes):
 def test_bad_configurations():
     with pytest.raises(ValueError, match="side 9 do not divide into patches of 2"):
         small_dit(input_size=9)
+    for options, message in (
+        (dict(hidden_size=30, num_heads=3), "width 30 must be a multiple of 4"),
+        (dict(num_heads=3), "width 32 does not divide into 3 heads"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            small_dit(**options)
+    with pytest.raises(ValueError, match="width 18 .* 4"):
+        dit.SDDiT(**SMALL, decoder_width=18, decoder_heads=2)
+    with pytest.raises(ValueError, match="width 20 .* 3 heads"):
+        dit.SDDiT(**SMALL, decoder_width=20, decoder_heads=3)
+    with pytest.raises(ValueError, match="depth 3"):
+        dit.DiverseDiT(**SMALL | dict(depth=3))
     with pytest.raises(TypeError, match="learn_sigma"):
         small_dit(learn_sigma=True)
     with pytest.raises(ValueError, match="unknown architecture 'UNet'"):
@@ -205,46 +238,40 @@ GMACS = [
 
 @pytest.mark.parametrize("arch, model, side, gmac", GMACS)
 def test_forward_flops(arch, model, side, gmac):
-    """Published multiply-accumulates of a forward pass, 2 FLOP each: TFLOP/s in the log rests on them."""
-    config = dict(arch=arch, input_size=side, in_channels=4, num_classes=1000, **dit.parse_model(model))
+    """Published multiply-accumulates of a forward pass, 2 FLOP each: the TFLOP/s of the log."""
+    config = dict(arch=arch, input_size=side, in_channels=4, num_classes=1000)
+    config |= dit.parse_model(model)
     assert dit.forward_flops(config) / 2e9 == pytest.approx(gmac, rel=0.005)
 
 
 STEP_GFLOPS = [
-    (train_repa, "DiT", 3 * 2 * (118.6 + 256 * (1152 * 2048 + 2048**2 + 2048 * 768) / 1e9)),
-    (train_diversedit, "DiverseDiT", 3 * 2 * 128.1),
-    (train_sddit, "SDDiT", 863),
+    ("train_repa", "DiT", 3 * 2 * (118.6 + 256 * (1152 * 2048 + 2048**2 + 2048 * 768) / 1e9)),
+    ("train_diversedit", "DiverseDiT", 3 * 2 * 128.1),
+    ("train_sddit", "SDDiT", 863),
 ]
 
 
-@pytest.mark.parametrize("script, arch, expected", STEP_GFLOPS, ids=["repa", "diversedit", "sddit"])
+@pytest.mark.parametrize("script, arch, expected", STEP_GFLOPS)
 def test_flops_of_a_training_step(script, arch, expected):
-    """XL/2, per image: with REPA's projector, DiverseDiT's long residuals, SD-DiT's student and teacher."""
-    config = dict(arch=arch, input_size=32, in_channels=4, num_classes=1000, **dit.parse_model("XL/2"))
-    meta = dict(grid=16, latent_side=32, target_widths=[768], count=1_281_167, skipped=[])
+    """XL/2, per image: REPA's projector, DiverseDiT's residuals, SD-DiT's student and teacher."""
+    script = importlib.import_module(script)
+    config = dict(arch=arch, input_size=32, in_channels=4, num_classes=1000)
+    config |= dit.parse_model("XL/2")
+    meta = dict(grid=16, latent_side=32, target_widths=[768], images=1_281_167)
     with torch.device("meta"):
         objective = script.Objective(dit.build(config), script.parse_args([]), meta)
     assert objective.flops(config) / 1e9 == pytest.approx(expected, rel=0.005)
 
 
-def test_memory_is_checked_before_anything_is_built(monkeypatch):
-    """XL/2 with 256 images of 256 tokens: 13.5 GB of states and 143.7 GB of fp32 tokens, or half of these."""
-    config = dict(arch="DiT", input_size=32, in_channels=4, num_classes=1000, **dit.parse_model("XL/2"))
+def test_training_memory():
+    """XL/2, 256 images of 256 tokens: 13.5 GB of states and 143.7 GB of fp32 tokens, or half."""
+    config = dict(arch="DiT", input_size=32, in_channels=4, num_classes=1000)
+    config |= dit.parse_model("XL/2")
     states, tokens = 20 * 675_111_184, 17 * 256 * 256 * 28 * 1152 * 4
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-    def check(memory, images=256, precision="fp32"):
-        monkeypatch.setattr(os, "sysconf", lambda name: memory // 4096 if name == "SC_PHYS_PAGES" else 4096)
-        dit.check_memory(config, images, precision)
-
-    check(states + tokens + 4096)
-    check(states + tokens // 2 + 4096, precision="bf16")
-    check(states + tokens // 256 + 4096, images=1)
-    sizes = r"--micro-batch.*--model.*\(nano/2, S/2, B/2, L/2\)"
-    with pytest.raises(ValueError, match=rf"256 images .* 157 GB, there are 157 GB: .*{sizes}"):
-        check(states + tokens - 4096)
-    with pytest.raises(ValueError, match=r"\(nano/2, S/2\)"):
-        check(2**35)
+    assert dit.training_memory(config, 256, "fp32") == states + tokens
+    assert dit.training_memory(config, 256, "bf16") == states + tokens // 2
+    assert dit.training_memory(config, 1, "fp32") == states + tokens // 256
+    assert states + tokens == pytest.approx(157.2e9, rel=1e-3)
 
 
 # --- conditioning and resolution (arXiv 2411.03177)
@@ -256,6 +283,47 @@ ARCHS = [(dit.DiT, SMALL), (dit.DiverseDiT, SMALL), (dit.SDDiT, SMALL_SDDIT)]
 
 def randomised(arch, options, **more):
     return randomize(arch(**options, **more))
+
+
+@pytest.mark.parametrize("arch, options", ARCHS, ids=lambda value: getattr(value, "__name__", ""))
+def test_every_block_goes_through_the_hook(arch, options, monkeypatch):
+    """Gradient checkpointing in run_block changes no gradient, and reaches the decoder as well."""
+    model, seen = randomised(arch, options), []
+    x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([0.2, 0.9]), torch.tensor([1, 4])
+
+    def gradients():
+        model.zero_grad()
+        model(x, t, y).square().mean().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    def checkpointed(self, block, x, c):
+        seen.append(block)
+        return torch.utils.checkpoint.checkpoint(block, x, c, use_reentrant=False)
+
+    plain = gradients()
+    monkeypatch.setattr(dit.DiT, "run_block", checkpointed)
+    assert all(map(torch.equal, plain, gradients()))
+    assert seen == [block for block in model.modules() if isinstance(block, dit.DiTBlock)]
+    assert model.hidden_size == SMALL["hidden_size"] == model.pos_embed.shape[-1]
+
+
+def test_noise_dit_is_the_velocity_of_a_noise_prediction():
+    """At the times of single timesteps k of the schedule, from eps of the plain DiT at k."""
+    model, plain = randomised(dit.NoiseDiT, SMALL), randomised(dit.DiT, SMALL)
+    x, y = torch.randn(1, 3, 8, 8), torch.tensor([2])
+    alpha_bar = 1.0
+    for k in range(1000):
+        alpha_bar *= 1 - (1e-4 + (2e-2 - 1e-4) * k / 999)
+        if k not in (0, 1, 500, 999):
+            continue
+        alpha, sigma = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+        t = sigma / (alpha + sigma)
+        eps = plain((alpha + sigma) * x, torch.tensor([float(k)]), y)
+        v = model(x, torch.tensor([t]), y)
+        torch.testing.assert_close(v, (eps - x) / (1 - t), rtol=1e-3, atol=1e-3)
+    assert model.first_time == pytest.approx(t) and round(t, 4) == 0.9937
+    config = dict(arch="NoiseDiT", **SMALL)
+    assert type(dit.build(config)) is dit.NoiseDiT
 
 
 def test_gamma_table():
@@ -276,19 +344,20 @@ def test_gamma_table():
 
 @pytest.mark.parametrize("arch, options", ARCHS, ids=lambda value: getattr(value, "__name__", ""))
 def test_new_control_changes_no_bit(arch, options):
-    """A model with new control embedders and another's weights is that model; only the embedders are new."""
+    """A model with new control embedders and another's weights is that model."""
     plain = randomised(arch, options)
     model = arch(**options, control="cosine").eval()
     missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
-    parts = [f"{part}.{i}.{what}" for part in ("low", "high") for i in (0, 2) for what in ("weight", "bias")]
-    assert missing == [f"control_embedder.{part}" for part in parts] and not unexpected
+    layers = ["low.0", "low.2", "high.0", "high.2"]
+    parts = [f"control_embedder.{layer}.{what}" for layer in layers for what in ("weight", "bias")]
+    assert missing == parts and not unexpected
     x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([0.2, 0.9]), torch.tensor([1, 5])
     assert torch.equal(model(x, t, y, control=CONTROL), plain(x, t, y))
 
 
 @pytest.mark.parametrize("arch, options", ARCHS, ids=lambda value: getattr(value, "__name__", ""))
 def test_size_acts_late_and_layout_acts_always(arch, options):
-    """Six doubled numbers change the size alone: no effect at t = 1, all at t = 0; a flip acts always."""
+    """Six doubled numbers change the size: no effect at t = 1, all at t = 0. A flip always acts."""
     model = randomised(arch, options, control="cosine")
     constant = randomised(arch, options, control="constant")
     x, y, edm = torch.randn(2, 3, 8, 8), torch.tensor([1, 4]), arch is dit.SDDiT
@@ -299,12 +368,14 @@ def test_size_acts_late_and_layout_acts_always(arch, options):
 
     def effect(network, t, other):
         t = torch.full((2,), t)
-        return (network(x, t, y, control=CONTROL) - network(x, t, y, control=other)).abs().max().item()
+        change = network(x, t, y, control=CONTROL) - network(x, t, y, control=other)
+        return change.abs().max().item()
 
     with torch.no_grad():
         assert effect(model, noise, doubled) == 0 and effect(constant, noise, doubled) > 1e-4
         assert effect(model, noise, flipped) > 1e-4
-        assert 1e-4 < effect(model, data, doubled) == pytest.approx(effect(constant, data, doubled), rel=1e-3)
+        full = effect(constant, data, doubled)
+        assert 1e-4 < effect(model, data, doubled) == pytest.approx(full, rel=1e-3)
 
 
 @pytest.mark.parametrize("arch, options", ARCHS, ids=lambda value: getattr(value, "__name__", ""))
@@ -320,7 +391,7 @@ def test_zero_row_is_no_control(arch, options):
 
 
 def test_control_embedder_by_hand():
-    """One row from the definition, with numpy: clamped size, fractions times 1000, sinusoids, MLP, weight."""
+    """One row from the definition: clamped size, fractions times 1000, sinusoids, MLP, weight."""
     model = dit.ControlEmbedder(8, "cosine", 2.0)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -335,7 +406,8 @@ def test_control_embedder_by_hand():
         return weights[2] @ (x / (1 + np.exp(-x))) + weights[3]
 
     low = mlp(model.low, [4096, 400])
-    high = mlp(model.high, [1000 * 70 / 9000, 1000 * 9 / 400, 1000 * 200 / 9000, 1000 * 300 / 400, 1000])
+    layout = [1000 * 70 / 9000, 1000 * 9 / 400, 1000 * 200 / 9000, 1000 * 300 / 400, 1000]
+    high = mlp(model.high, layout)
     expected = (1 - np.cos(np.pi * 0.4**2)) / 2 * low + high
     found = model(torch.tensor([row]), torch.tensor([0.6]))[0].detach().numpy()
     np.testing.assert_allclose(found, expected, atol=2e-3)  # fp32 cosines of numbers up to 4096
@@ -345,7 +417,8 @@ def test_control_embedder_by_hand():
 
 def test_positions_of_another_resolution():
     """p_i = i g0 / g: even rows and columns of a doubled grid are the old table."""
-    low, high = dit.sincos_positions(8, 32), dit.sincos_positions(16, 32, base=8).reshape(16, 16, 32)
+    low = dit.sincos_positions(8, 32)
+    high = dit.sincos_positions(16, 32, base=8).reshape(16, 16, 32)
     assert np.array_equal(high[::2, ::2].reshape(64, 32), low)
     assert np.array_equal(dit.sincos_positions(8, 32, base=8), low)
     frequencies = 10000.0 ** (-np.arange(8) / 8)
@@ -355,6 +428,33 @@ def test_positions_of_another_resolution():
     for table, width in ((model.pos_embed, 32), (model.decoder_pos_embed, 16)):
         expected = torch.from_numpy(dit.sincos_positions(4, width)).float()
         assert torch.equal(table[0].view(8, 8, width)[::2, ::2].reshape(16, width), expected)
+    stretched = dit.DiT(**SMALL, pos_base=2000).pos_embed  # any base: 4 tokens a side, 500 apart
+    np.testing.assert_allclose(stretched[0, 3, :8], np.sin(1500 * frequencies), atol=1e-6)
+
+
+# --- weights of another model
+
+TABLE = "y_embedder.embedding_table.weight"
+
+
+@pytest.mark.parametrize("side, resized", [(8, "none"), (16, "pos_embed")])
+@pytest.mark.parametrize("same_classes", [True, False])
+def test_inherited_weights(side, resized, same_classes):
+    """The line counts what really changed: no position table, no label table of other classes."""
+    source = randomised(dit.DiT, SMALL)
+    with torch.no_grad():
+        source.pos_embed += 1
+    theirs = source.state_dict()
+    model = dit.DiverseDiT(**SMALL | dict(input_size=side))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    line = dit.inherit_weights(model, theirs, same_classes)
+    after = model.state_dict()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed == theirs.keys() - {"pos_embed"} - (set() if same_classes else {TABLE})
+    assert all(torch.equal(after[name], theirs[name]) for name in changed)
+    new, unused = ("", "none") if same_classes else (", y_embedder", "y_embedder")
+    groups = f"resized: {resized}; new: long_residuals{new}; unused: {unused}"
+    assert line == f"{len(changed)} tensors loaded; {groups}"
 
 
 @pytest.mark.parametrize("arch, options", ARCHS)
@@ -365,7 +465,7 @@ def test_qk_norm_is_in_every_block(arch, options):
 
 
 def test_shift_time():
-    """Check values for s = 2, SNR / s^2, and that a model weighs the size by the time before the shift."""
+    """Values for s = 2; SNR / s^2; a model weighs the size by the time before the shift."""
     t = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
     shifted = dit.shift_time(t, 2)
     assert shifted.tolist() == pytest.approx([0.1818, 0.4, 0.6667, 0.8571, 0.9474], abs=5e-5)
@@ -376,11 +476,11 @@ def test_shift_time():
     assert torch.equal(dit.shift_time(t, 1.0), t)
     for arch, options, to_input in (
         (dit.DiT, SMALL, lambda t: t),
-        (dit.SDDiT, SMALL_SDDIT, lambda t: t / (1 - t)),                         # sigma of the same SNR
+        (dit.SDDiT, SMALL_SDDIT, lambda t: t / (1 - t)),  # sigma of the same SNR
     ):
         seen = []
         model = arch(**options, control="cosine", time_shift=2.0).eval()
-        model.control_embedder.register_forward_hook(lambda _, inputs, __, seen=seen: seen.append(inputs[1]))
+        model.control_embedder.register_forward_pre_hook(lambda _, i, seen=seen: seen.append(i[1]))
         y, control = torch.zeros(5, dtype=torch.int64), CONTROL[:1].repeat(5, 1)
         model(torch.randn(5, 3, 8, 8), to_input(shifted).float(), y, control=control)
         torch.testing.assert_close(seen[0].double(), t, rtol=1e-5, atol=1e-6)
@@ -388,11 +488,11 @@ def test_shift_time():
 
 @pytest.mark.parametrize("arch, options", ARCHS, ids=lambda value: getattr(value, "__name__", ""))
 def test_class_tokens(arch, options):
-    """The class reaches attention as K tokens and not the condition; only tokens of patches are returned."""
-    model, plain = randomised(arch, options, class_tokens=4), arch(**options)
-    table, state = "y_embedder.embedding_table.weight", model.state_dict()
-    assert {name for name, value in plain.state_dict().items() if state[name].shape != value.shape} == {table}
-    assert state[table].shape == (len(plain.state_dict()[table]), 4 * 32)
+    """The class reaches attention as K tokens, not the condition. Only patches are returned."""
+    model = randomised(arch, options, class_tokens=4)
+    state, plain = model.state_dict(), arch(**options).state_dict()
+    assert {name for name in plain if state[name].shape != plain[name].shape} == {TABLE}
+    assert state[TABLE].shape == (len(plain[TABLE]), 4 * 32)
     x, t, lengths = torch.randn(2, 3, 8, 8), torch.tensor([0.2, 0.9]), []
     model.blocks[0].register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
     a, b, null = (model(x, t, torch.tensor([label, label])) for label in (0, 3, 5))
@@ -413,9 +513,6 @@ def test_bad_conditioning():
         (dict(control="linear"), "control 'linear'"),
         (dict(control="cosine", control_alpha=0.0), "alpha 0.0"),
         (dict(control="cosine", control_alpha=math.nan), "alpha nan"),
-        (dict(class_tokens=-1), "class_tokens -1"),
-        (dict(time_shift=0.0), "time_shift 0.0"),
-        (dict(time_shift=math.inf), "time_shift inf"),
     ):
         with pytest.raises(ValueError, match=message):
             dit.DiT(**SMALL, **options)

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import difference, objective_for, randomize, refusal, rows, run_ranks, train
-from PIL import Image
 
 import dit
 import sample
@@ -89,7 +88,7 @@ def test_long_residual_rms_at_initialisation():
 
 
 def test_odd_depth():
-    with pytest.raises(ValueError, match="depth 5: .* even"):
+    with pytest.raises(ValueError, match="depth 5 "):
         small_model(5)
 
 
@@ -292,10 +291,14 @@ def test_run_resume_and_sample(cache, tmp_path):
     similarity = logged[-1]["cka_off_diagonal"]
     assert similarity.keys() == {"0.05", "0.25", "0.5", "0.75", "0.95"}
     assert all(-1 < value <= 1 for value in similarity.values())
-    sheet = np.asarray(Image.open(tmp_path / "whole" / "cka-0000004.png"))
-    for left in range(0, 5 * 168, 168):  # six blocks as a square of 160 pixels below a line of text
-        centres = np.int64((np.arange(6) + 0.5) * 160 / 6)
-        assert (sheet[16 + centres, left + 4 + centres] >= 254).all(), "a block equals itself"
+    with np.load(tmp_path / "whole" / "cka-0000004.npz") as file:
+        matrices = dict(file)
+    assert matrices.keys() == similarity.keys()
+    for t, matrix in matrices.items():
+        assert matrix.shape == (6, 6) and np.allclose(matrix, matrix.T)
+        assert matrix.diagonal() == pytest.approx(np.ones(6)), "a block equals itself"
+        others = [matrix[a, b] for a in range(6) for b in range(6) if a != b]
+        assert similarity[t] == pytest.approx(sum(others) / 30)
     assert whole["config"]["arch"] == "DiverseDiT"
     options = ["--num", "3", "--steps", "2", "--grid", str(tmp_path / "grid.png")]
     sample.main([str(tmp_path / "whole" / "last.pt"), *options])
@@ -309,7 +312,7 @@ def test_plain_checkpoint_starts_a_diverse_run(cache, tmp_path, capsys):
     flags += ["--init", tmp_path / "plain" / "last.pt"]
     train(cache, tmp_path / "diverse", *flags, script=train_diversedit)
     message = capsys.readouterr().out
-    count = len(plain["model"])
+    count = len(plain["model"]) - 1  # the model computes its own position table
     assert f"{count} tensors loaded; resized: none; new: long_residuals; unused: none" in message
 
 

@@ -1,4 +1,4 @@
-"""Official files of REPA, SiT and DiT: told apart, and equal to independent formulas through sample.py."""
+"""Official files of REPA, SiT and DiT are told apart, and equal independent formulas."""
 
 import argparse
 import functools
@@ -11,13 +11,15 @@ from seeded import fill
 
 import dit
 import extract_features as ef
+import files
 import sample
 import train_repa
+from files import UserError
 
 
 @pytest.fixture
 def vae(monkeypatch, tmp_path):
-    """A file of weights for the autoencoder, which here has few channels and shows three of a latent's."""
+    """A file of weights for the autoencoder, which here is small and shows three channels."""
     small = functools.partialmethod(ef.AutoencoderKL.__init__, (32, 32))
     monkeypatch.setattr(ef.AutoencoderKL, "__init__", small)
     monkeypatch.setattr(ef.AutoencoderKL, "decode", lambda self, z: z[:, :3].repeat(1, 1, 8, 8))
@@ -67,7 +69,10 @@ def linear_schedule():
 
 
 def test_repa_file(official, tmp_path):
-    """REPA's last.pt: a bare state dict with projectors; old files call the deeper blocks decoder_blocks."""
+    """REPA's last.pt: a bare state dict with projectors.
+
+    Old files call the deeper blocks decoder_blocks.
+    """
     model, state = official
     legacy = {}
     for name, value in state.items():
@@ -79,11 +84,58 @@ def test_repa_file(official, tmp_path):
     arguments = {"args": argparse.Namespace(model="SiT-XL/2"), "steps": 400_000, "opt": {}}
     for content in (state, legacy, {"model": state, "ema": state, **arguments}):
         torch.save(content, tmp_path / "last.pt")
-        loaded, checkpoint = sample.load_model(tmp_path / "last.pt")
-        expected = dict(arch="DiT", input_size=8, num_classes=7, in_channels=4, **dit.parse_model("small/2"))
+        loaded, checkpoint = files.load_model(tmp_path / "last.pt")
+        expected = {"arch": "DiT", "input_size": 8, "num_classes": 7, "in_channels": 4}
+        expected |= dit.parse_model("small/2") | {"qk_norm": False}
         assert checkpoint["config"] == expected
         assert torch.equal(loaded(*inputs()), model(*inputs()))
     assert checkpoint["step"] == 400_000
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_prefixes_of_wrappers_are_taken_off(official, tmp_path, prefix):
+    """DDP writes `module.` before every name, torch.compile writes `_orig_mod.`."""
+    model, state = official
+    state = {prefix + name: value for name, value in with_projectors(state).items()}
+    torch.save({"model": state, "ema": state, "steps": 3}, tmp_path / "last.pt")
+    loaded, checkpoint = files.load_model(tmp_path / "last.pt")
+    assert checkpoint["config"]["depth"] == 4 and checkpoint["step"] == 3
+    assert torch.equal(loaded(*inputs()), model(*inputs()))
+
+
+def test_a_file_with_a_model_alone(official, tmp_path):
+    """Then its weights are also the averages; where there are averages, these are taken."""
+    model, state = official
+    other = {name: value + 1 for name, value in state.items()}
+    model_alone = {"model": with_projectors(state)}
+    both = {"model": with_projectors(other), "ema": with_projectors(state)}
+    for content in (model_alone, both):
+        torch.save(content, tmp_path / "last.pt")
+        for weights in ("ema", "model"):
+            loaded, _ = files.load_model(tmp_path / "last.pt", weights)
+            assert torch.equal(loaded(*inputs()), model(*inputs()))
+
+
+def test_repa_file_with_qk_norm(official, tmp_path):
+    """REPA's --qk-norm: a LayerNorm of the queries and keys of a head, which is 8 wide here."""
+    options = {"input_size": 8, "num_classes": 7, "qk_norm": True}
+    torch.manual_seed(0)
+    model = dit.DiT(**options, **dit.parse_model("small/2")).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    state = model.state_dict()
+    for name in ("q_norm", "k_norm"):
+        for kind in ("weight", "bias"):
+            assert state[f"blocks.3.attn.{name}.{kind}"].shape == (8,)
+    torch.save(with_projectors(state), tmp_path / "last.pt")
+    loaded, checkpoint = files.load_model(tmp_path / "last.pt")
+    assert checkpoint["config"]["qk_norm"] is True
+    assert torch.equal(loaded(*inputs()), model(*inputs()))
+    plain = {name: value for name, value in state.items() if "_norm." not in name}
+    torch.save(with_projectors(plain), tmp_path / "plain.pt")
+    without, _ = files.load_model(tmp_path / "plain.pt")
+    assert not torch.allclose(without(*inputs()), model(*inputs()), atol=1e-2), "the norms matter"
 
 
 @pytest.mark.parametrize("channels", [4, 8])
@@ -91,18 +143,19 @@ def test_sit_file(official, tmp_path, channels):
     """v_REPA(x, t) = - v_SiT(x, 1 - t), from four channels, or the first four of eight."""
     model, state = official
     torch.save(eight_channels(state, 0.0) if channels == 8 else state, tmp_path / "SiT.pt")
-    loaded, _ = sample.load_model(tmp_path / "SiT.pt", official="sit" if channels == 4 else None)
+    loaded, _ = files.load_model(tmp_path / "SiT.pt", official="sit" if channels == 4 else None)
     x, t, y = inputs()
     torch.testing.assert_close(loaded(x, t, y), -model(x, 1 - t, y), rtol=1e-4, atol=1e-4)
 
 
 def test_dit_file(official, tmp_path):
-    """v = eps - x0 at x_vp = (alpha + sigma) x_t, for the t of three whole timesteps of the schedule."""
+    """v = eps - x0 at x_vp = (alpha + sigma) x_t, for the t of three timesteps of the schedule."""
     model, state = official
     torch.save(eight_channels(state, 0.1), tmp_path / "DiT.pt")
-    loaded, checkpoint = sample.load_model(tmp_path / "DiT.pt")
+    loaded, checkpoint = files.load_model(tmp_path / "DiT.pt")
     assert checkpoint["config"]["arch"] == "NoiseDiT"
-    assert (loaded.grid, loaded.in_channels, loaded.num_classes, loaded.time_shift) == (4, 4, 7, 1.0)
+    assert (loaded.grid, loaded.in_channels, loaded.num_classes) == (4, 4, 7)
+    assert loaded.time_shift == 1.0
     x, _, y = inputs()
     alpha, sigma = linear_schedule()
     steps = [10, 400, 990]
@@ -111,14 +164,17 @@ def test_dit_file(official, tmp_path):
     eps = model(x_vp, torch.tensor(steps, dtype=torch.float32), y)
     expected = eps - (x_vp - s * eps) / a
     t = (s / (a + s)).view(3)
-    # the timestep, interpolated in float32, is off by up to 1e-3: the velocity's last digits move with it
+    # the timestep, interpolated in float32, is off by up to 1e-3: this moves the last digits
     torch.testing.assert_close(loaded(x, t, y), expected, rtol=5e-3, atol=5e-3)
     assert loaded.first_time == pytest.approx(0.9937, abs=5e-5)
     assert loaded.first_time == pytest.approx(sigma[-1] / (alpha[-1] + sigma[-1]), abs=1e-12)
 
 
 def exact_noise(mean, std, seen=None):
-    """DiT.forward as the exact E[eps | x_vp] for data N(mean, std^2); timesteps interpolated in log-SNR."""
+    """DiT.forward as the exact E[eps | x_vp] for data N(mean, std^2).
+
+    Timesteps are interpolated in log-SNR.
+    """
     alpha, sigma = linear_schedule()
     log_snr = 2 * np.log(alpha / sigma)
 
@@ -135,7 +191,7 @@ def exact_noise(mean, std, seen=None):
 @pytest.fixture
 def noise_model(monkeypatch):
     options = dict(input_size=32, patch_size=2, in_channels=4, hidden_size=16, depth=1, num_heads=2)
-    return sample.NoiseDiT(**options, num_classes=3).eval(), monkeypatch
+    return dit.NoiseDiT(**options, num_classes=3).eval(), monkeypatch
 
 
 @pytest.mark.parametrize("sampler, steps", [("ode", 250), ("heun", 40), ("sde", 250)])
@@ -182,23 +238,20 @@ def test_ambiguous_and_foreign_files(official, tmp_path):
     _, state = official
     nan = {**with_projectors(state), "blocks.1.mlp.fc1.bias": torch.full((128,), torch.nan)}
     for content, named, reason in (
-        (state, None, "--official repa or --official sit"),
-        (with_projectors(state), "sit", "are of repa"),
-        (eight_channels(state, 0.0), "repa", "are of sit"),
-        (eight_channels(state, 0.1), "sit", "are of dit"),
+        (state, None, "--official repa"),
+        (with_projectors(state), "sit", "those of repa"),
+        (eight_channels(state, 0.0), "repa", "those of sit"),
+        (eight_channels(state, 0.1), "sit", "those of dit"),
         ({"layer.weight": torch.zeros(1)}, None, "x_embedder"),
         ({k: v for k, v in state.items() if "pos_embed" not in k}, "sit", "pos_embed"),
         ({k: v for k, v in state.items() if "2.attn.proj" not in k}, "sit", "blocks.2.attn.proj"),
         (nan, None, "model is not finite"),
     ):
         torch.save(content, tmp_path / "file.pt")
-        with pytest.raises(ValueError, match=f"file.pt: .*{reason}"):
-            sample.load_model(tmp_path / "file.pt", official=named)
-    torch.save(eight_channels(state, 0.1), tmp_path / "file.pt")
-    with pytest.raises(ValueError, match="file.pt: .*only sample.py"):
-        sample.read_checkpoint(tmp_path / "file.pt")  # as the training scripts do for --init
+        with pytest.raises(UserError, match=f"file.pt: .*{reason}"):
+            files.load_model(tmp_path / "file.pt", official=named)
     torch.save(state, tmp_path / "file.pt")
-    loaded, _ = sample.load_model(tmp_path / "file.pt", official="repa")
+    loaded, _ = files.load_model(tmp_path / "file.pt", official="repa")
     assert torch.equal(loaded(*inputs()), official[0](*inputs()))
 
 
@@ -209,10 +262,18 @@ def test_ambiguous_and_foreign_files(official, tmp_path):
 def test_sample_draws_from_official_files(official, vae, tmp_path, kind):
     """Guided pixels are those of an Euler loop with the independent formula of each convention."""
     model, state = official
-    files = {"repa": with_projectors(state), "sit": eight_channels(state, 0), "sit4": state}
-    torch.save(files.get(kind, eight_channels(state, 0.1)), tmp_path / "file.pt")
-    options = f"{tmp_path}/file.pt --num 2 --labels 3,5 --steps 4 --cfg 1.5 --out {tmp_path}/out.npz"
-    options = ["--official", "sit"] * (kind == "sit4") + options.split() + ["--vae"]
+    contents = {
+        "repa": with_projectors(state),
+        "sit": eight_channels(state, 0),
+        "sit4": state,
+        "dit": eight_channels(state, 0.1),
+    }
+    torch.save(contents[kind], tmp_path / "file.pt")
+    options = f"{tmp_path}/file.pt --num 2 --labels 3,5 --steps 4 --cfg 1.5".split()
+    options += ["--out", f"{tmp_path}/out.npz"]
+    if kind == "sit4":
+        options += ["--official", "sit"]
+    options.append("--vae")
     with pytest.raises(SystemExit, match="--vae none: decodes 3 channels to 8 pixels, not 4 to 64"):
         sample.main([*options, "none"])
     sample.main([*options, str(vae)])
@@ -231,7 +292,7 @@ def test_sample_draws_from_official_files(official, vae, tmp_path, kind):
             return model(x, t, y)
         if kind != "dit":
             return -model(x, 1 - t, y)
-        step = np.interp(t[0].item(), sigma / (alpha + sigma), np.arange(1000))   # the schedule is dense
+        step = np.interp(t[0].item(), sigma / (alpha + sigma), np.arange(1000))  # it is dense
         eps = model(x / (t[0] ** 2 + (1 - t[0]) ** 2).sqrt(), torch.full((2,), step).float(), y)
         return eps - (x - t[0] * eps) / (1 - t[0])
 
@@ -253,15 +314,32 @@ def test_a_noise_model_guides_and_is_guided(official, vae, tmp_path):
     options = f"{tmp_path}/dit.pt --num 2 --steps 2 --cfg 1.5 --sampler sde --vae {vae}"
     sample.main(f"{options} --guide {tmp_path}/dit.pt --out {tmp_path}/out.npz".split())
     assert np.load(tmp_path / "out.npz")["arr_0"].shape == (2, 64, 64, 3)
-    with pytest.raises(SystemExit, match="--guide .*sit.pt: needs the same latents"):
+    with pytest.raises(SystemExit, match="--guide .*sit.pt: .*another loss"):
         sample.main(f"{options} --guide {tmp_path}/sit.pt --out {tmp_path}/other.npz".split())
+
+
+@pytest.mark.parametrize("change", ["classes", "side"])
+def test_a_guide_of_other_images(official, vae, tmp_path, change):
+    model, state = official
+    torch.save(with_projectors(state), tmp_path / "model.pt")
+    torch.manual_seed(0)
+    options = {"input_size": 8, "num_classes": 7}
+    options |= {"input_size": 16} if change == "side" else {"num_classes": 8}
+    other = dit.DiT(**options, **dit.parse_model("small/2"))
+    torch.save(with_projectors(other.state_dict()), tmp_path / "other.pt")
+    options = f"{tmp_path}/model.pt --num 2 --steps 2 --cfg 1.5 --vae {vae}"
+    number = "16, not 8" if change == "side" else "8, not 7"
+    with pytest.raises(SystemExit, match=f"--guide .*other.pt: .*{number}"):
+        sample.main(f"{options} --guide {tmp_path}/other.pt --out {tmp_path}/out.npz".split())
 
 
 def test_init_from_an_official_file(official, cache, tmp_path, capsys):
     torch.save(with_projectors(official[1]), tmp_path / "official.pt")
-    run = "--model small/2 --steps 1 --batch-size 4 --repa-weight 0 --sample-every 0 --workers 0 --lr 0"
+    run = "--model small/2 --steps 1 --batch-size 4 --repa-weight 0 --repa-depth 2 --lr 0"
+    run += " --sample-every 0 --workers 0"
     names = ["--data", cache, "--out", tmp_path / "run", "--init", tmp_path / "official.pt"]
     train_repa.main([*map(str, names), *run.split()])
-    assert "new: final_layer, x_embedder, y_embedder; unused: final_layer" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "new: final_layer, x_embedder, y_embedder; unused: final_layer" in said
     weights = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
     assert torch.equal(weights["blocks.3.mlp.fc1.weight"], official[1]["blocks.3.mlp.fc1.weight"])

@@ -83,7 +83,7 @@ def test_a_row_runs_and_is_resumed(tmp_path, monkeypatch):
     rows = {"a": ("A", None, f"train_repa.py {flags} --repa-weight 0")}
     rows["b"] = "B", "a", f"train_repa.py {flags}"
     monkeypatch.setattr(digits, "ROWS", rows)
-    extract_features.extract_digits(tmp_path / "digits")
+    extract_features.extract_digits(tmp_path / "digits", rank=0, world=1, device="cpu")
     results = []
     for row in rows:
         folder = tmp_path / f"{row}-0"

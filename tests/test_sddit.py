@@ -63,10 +63,10 @@ def test_mask_keeps_the_stated_number(ratio, kept):
     args = train_sddit.parse_args(["--mask-ratio", str(ratio)])
     with torch.device("meta"):
         model = dit.build({"arch": "SDDiT", **dit.parse_model("S/2")})
-        objective = train_sddit.Objective(model, args, dict(count=1000, skipped=[]))
-    keep = objective.visible(torch.rand(3, 256))
-    assert keep.shape == (3, kept) and all(len(set(row.tolist())) == kept for row in keep)
-    assert kept == 256 or keep[0].tolist() != keep[1].tolist()
+        objective = train_sddit.Objective(model, args, dict(images=1000))
+    visible = objective.choose_visible(torch.rand(3, 256))
+    assert visible.shape == (3, kept) and all(len(set(row.tolist())) == kept for row in visible)
+    assert kept == 256 or visible[0].tolist() != visible[1].tolist()
 
 
 def test_masked_patches_are_reinserted_before_the_decoder():
@@ -74,33 +74,33 @@ def test_masked_patches_are_reinserted_before_the_decoder():
     model, received = small_model(), []
     model.decoder_embed.register_forward_pre_hook(lambda module, inputs: received.append(inputs[0]))
     x, sigma, y = torch.randn(3, 3, 8, 8), torch.tensor([0.1, 1.0, 10.0]), torch.tensor([0, 1, 2])
-    keep = torch.rand(3, 16).argsort(1)[:, :11]
-    model(x, sigma, y, keep=keep)  # adaLN-Zero: blocks are identities
+    visible = torch.rand(3, 16).argsort(1)[:, :11]
+    model(x, sigma, y, visible=visible)  # adaLN-Zero: blocks are identities
     c_in = 1 / (sigma**2 + 0.25).sqrt()
     embedded = model.x_embedder(c_in.view(3, 1, 1, 1) * x) + model.pos_embed
     assert torch.equal(received[0], embedded)
     model.run_blocks = lambda tokens, c: iter([tokens + 50, tokens + 100])
-    model(x, sigma, y, keep=keep)
+    model(x, sigma, y, visible=visible)
     for n in range(3):
         for patch in range(16):
-            mark = 100 if patch in keep[n].tolist() else 0
+            mark = 100 if patch in visible[n].tolist() else 0
             torch.testing.assert_close(received[1][n, patch], embedded[n, patch] + mark)
 
 
 def test_masked_patches_do_not_reach_the_encoder():
     model = randomize(small_model()).eval()
     x, sigma, y = torch.randn(1, 3, 8, 8), torch.tensor([0.5]), torch.tensor([0])
-    keep, other = torch.arange(15).view(1, 15), x.clone()
+    visible, other = torch.arange(15).view(1, 15), x.clone()
     other[:, :, 6:, 6:] += 1  # patch 15
-    (a, ea), (b, eb) = (model(v, sigma, y, keep=keep, return_tokens=True) for v in (x, other))
+    (a, ea), (b, eb) = (model(v, sigma, y, visible=visible, return_tokens=True) for v in (x, other))
     assert torch.equal(ea, eb) and not torch.equal(a, b) and ea.shape == (1, 16, 32)
 
 
 def test_nothing_masked_is_the_plain_forward():
     model = randomize(small_model()).eval()
     x, sigma, y = torch.randn(2, 3, 8, 8), torch.tensor([0.5, 2.0]), torch.tensor([0, 4])
-    keep = torch.arange(16).expand(2, 16)
-    torch.testing.assert_close(model(x, sigma, y, keep=keep), model(x, sigma, y))
+    visible = torch.arange(16).expand(2, 16)
+    torch.testing.assert_close(model(x, sigma, y, visible=visible), model(x, sigma, y))
 
 
 def test_null_class_is_the_zero_vector():
@@ -191,10 +191,11 @@ def test_the_whole_objective_without_chunks(cache):
     torch.nn.init.normal_(objective.centers, std=0.1)
     randomize(objective.teacher.requires_grad_(True), 0.2).requires_grad_(False)
     losses = objective(**inputs)
-    keep = objective.visible(inputs["mask_noise"])
+    visible = objective.choose_visible(inputs["mask_noise"])
     sigma = train_sddit.view_noise(inputs["t"])
     x_s = inputs["x"] + sigma.view(-1, 1, 1, 1) * inputs["eps"]
-    _, tokens = objective.model(x_s, sigma, inputs["y"], drop=inputs["drop"], keep=keep, return_tokens=True)
+    given = dict(drop=inputs["drop"], visible=visible, return_tokens=True)
+    _, tokens = objective.model(x_s, sigma, inputs["y"], **given)
     x_t = inputs["x"] + 0.002 * inputs["eps"]
     y = inputs["y"].masked_fill(inputs["drop"], 3)
     encoded, _, _ = objective.teacher.encode(x_t, torch.full((4,), 0.002), y)
@@ -202,7 +203,7 @@ def test_the_whole_objective_without_chunks(cache):
     cls, _ = train_sddit.discriminative_loss(s[:, 0], t[:, 0], objective.centers[0], 0.1, 0.09)
     patches = []
     for n in range(4):
-        for k, patch in enumerate(keep[n].tolist()):
+        for k, patch in enumerate(visible[n].tolist()):
             rows = s[n, 1 + k][None], t[n, 1 + patch][None]
             patches.append(train_sddit.discriminative_loss(*rows, objective.centers[1], 0.1, 0.09)[0])
     assert len(patches) == 4 * 12
@@ -319,6 +320,10 @@ def test_edm_denoiser():
 # --- runs
 
 
+class Killed(BaseException):
+    """No program catches it: whatever was written until then is all that there is."""
+
+
 def test_resume_is_exact_with_teacher_and_centres(cache, tmp_path, monkeypatch):
     whole = train(cache, tmp_path / "whole", script=train_sddit)
     after_step = train_sddit.Objective.after_step
@@ -326,9 +331,9 @@ def test_resume_is_exact_with_teacher_and_centres(cache, tmp_path, monkeypatch):
     def killed(self, step, accumulation):
         after_step(self, step, accumulation)
         if step == 4:
-            raise KeyboardInterrupt
+            raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(train_sddit.Objective, "after_step", killed)
         train(cache, tmp_path / "cut", script=train_sddit)
     assert torch.load(tmp_path / "cut" / "last.pt", weights_only=True)["step"] == 3
@@ -353,7 +358,7 @@ def test_uniform_collapse_is_announced(cache, tmp_path, capsys):
     train(cache, tmp_path / "soft", "--steps", 1, "--tau-t", 100, 100, script=train_sddit)
     printed = capsys.readouterr()
     for name in ("cls_entropy", "teacher_entropy"):
-        assert f"step 1: {name} within 2 % of ln K" in printed.out + printed.err
+        assert f"step 1: {name} is within 2 % of ln K" in printed.out + printed.err
     train(cache, tmp_path / "sharp", "--steps", 1, "--tau-t", 0.01, 0.01, script=train_sddit)
     printed = capsys.readouterr()
     assert "ln K" not in printed.out + printed.err

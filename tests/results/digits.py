@@ -239,7 +239,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.report:
         return report(args.out)
-    extract_features.extract_digits(args.out / "digits")
+    extract_features.extract_digits(args.out / "digits", rank=0, world=1, device="cpu")
     jobs = [(row, seed, args.out / f"{row}-{seed}") for seed in args.seeds for row in args.rows]
     with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1) as pool:
         for row, seed, folder in pool.imap_unordered(run, jobs):

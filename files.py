@@ -1,0 +1,876 @@
+"""What every program needs and no paper mentions: command lines, processes, files, run folders.
+
+A run of a training script leaves these files in its folder:
+    last.pt           model, ema, heads, opt, step, args, config, data: enough to resume the run
+    STEP.pt           the same, kept every --keep-every steps
+    log.jsonl         a row for every --log-every steps
+    run.json          one entry per start: command, versions, device, commit
+    samples-STEP.png  the previews
+Work in parts (a cache of features, a set of sampled images) is a folder with a JSON description and
+one .safetensors file per part. Every file is written beside its place and then renamed: it is
+whole, or it is not there. A command that was killed therefore continues when it is run again.
+
+What a user can repair is a `UserError`, and `program` turns it into one line. Every other exception
+is a bug, ours or a forker's, and keeps its traceback.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+import zipfile
+from datetime import timedelta
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import dit
+
+# ---- command lines, and how a program ends
+
+
+class UserError(Exception):
+    """Something that a program's user can repair; its one line names the thing and the remedy."""
+
+
+@contextlib.contextmanager
+def program(file, args):
+    """Everything that a program does with its `args` happens in this context.
+
+    A UserError, an OSError of a path among the arguments, a lack of memory and Ctrl-C end the
+    program with one line. Other exceptions keep their traceback.
+    """
+    name = Path(file).name
+    given = tuple(str(value) for value in vars(args).values() if isinstance(value, (str, Path)))
+    for descriptor in (0, 1, 2):
+        with contextlib.suppress(OSError):
+            os.fstat(descriptor)
+            continue
+        os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+    stdout = Stream(sys.stdout)
+    stderr = Stream(sys.stderr)
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        try:
+            yield
+        except UserError as error:
+            sys.exit(f"{name}: {error}")
+        except OSError as error:
+            if not str(error.filename).startswith(given):
+                raise
+            sys.exit(f"{name}: {error.filename}: {error.strerror}")
+        except (RuntimeError, MemoryError) as error:
+            lacking = re.search("(out of|enough|allocate) memory", str(error))
+            if isinstance(error, RuntimeError) and not lacking:
+                raise
+            flag = "--micro-batch" if "micro_batch" in args else "--batch-size"
+            sys.exit(f"{name}: out of memory; lower {flag} ({first_sentence(error)})")
+        except KeyboardInterrupt:
+            sys.exit(f"{name}: interrupted; run the same command again to go on")
+
+
+class Stream:
+    """stdout or stderr whose reader may go away (`| head -1`) without ending the run."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self.attempt(self.stream.write, text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, action, *arguments):
+        try:
+            action(*arguments)
+        except OSError:  # from now on, and for what is still in the buffer: nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+@contextlib.contextmanager
+def explaining(what, remedy):
+    """Turn whatever is raised inside into a UserError. Only for decoders of a user's files."""
+    try:
+        yield
+    except Exception as error:  # libraries raise about ten types for a damaged file
+        raise UserError(f"{what} ({first_sentence(error)}); {remedy}") from None
+
+
+def first_sentence(error):
+    text = " ".join(str(error).split())
+    return text.split(". ")[0][:200] or type(error).__name__
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that keeps the docstring's layout, shows every default, and fails in one line."""
+
+    class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action):
+            if action.default in (None, False) or "default" in (action.help or ""):
+                return action.help
+            return super()._get_help_string(action)
+
+    def __init__(self, file, description):
+        name = Path(file).name
+        super().__init__(prog=name, description=description, formatter_class=self.Formatter)
+        self.register("action", "onoff", argparse.BooleanOptionalAction)
+
+    def parse_known_args(self, argv=None, namespace=None):
+        words = sys.argv[1:] if argv is None else argv
+        for before, word in zip(["", *words], words, strict=False):
+            if not word.strip():
+                self.error(f"argument {before}: is empty; is a variable not set?")
+            if word.startswith("--") and word.endswith("="):
+                self.error(f"argument {word}: is empty; is a variable not set?")
+        return super().parse_known_args(argv, namespace)
+
+    def error(self, message):
+        raise SystemExit(f"{self.prog}: {message}")
+
+
+def number(kind, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf):
+    """An argparse type: a finite int or float, low <= value <= high and above < value < below."""
+    limits = {"at least": low, "at most": high, "above": above, "below": below}
+    finite = [f"{word} {limit}" for word, limit in limits.items() if math.isfinite(limit)]
+    expected = " and ".join(finite) or "finite"
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            article = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {article}") from None
+        if not (low <= value <= high and above < value < below):
+            raise argparse.ArgumentTypeError(f"{text[:40]} must be {expected}")
+        return value
+
+    return parse
+
+
+def model_name(text):
+    """An argparse type: SIZE/PATCH, such as XL/2."""
+    try:
+        dit.parse_model(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(error) from None
+    return text
+
+
+# ---- processes and signals
+
+
+MEETING = timedelta(minutes=5)  # how long a process waits for the others to appear
+
+
+def launch(hours=24):
+    """One process, or several under torchrun: returns rank, number of processes, and device.
+
+    Every GPU gets one process. CPU tensors travel by gloo, CUDA tensors by nccl; a process waits at
+    most so many hours for the others. UserError if torchrun's variables make no sense, if there is
+    no GPU for this process, or if the other processes do not appear in time.
+    """
+    variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    for name in variables:
+        variables[name] = os.environ.get(name, variables[name])
+    words = ", ".join(f"{name}={value}" for name, value in variables.items())
+    numbers = all(value.isdecimal() for value in variables.values())
+    if not numbers or ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
+        raise UserError(f"{words}: start several processes with torchrun, or unset these variables")
+    rank, world, local_rank = map(int, variables.values())
+    if rank >= world:
+        raise UserError(f"{words}: RANK must be below WORLD_SIZE; start them with torchrun")
+
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            found = f"this machine has {torch.cuda.device_count()} GPUs"
+            raise UserError(f"LOCAL_RANK={local_rank}: {found}; lower --nproc_per_node")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
+
+    if world > 1 and not dist.is_initialized():
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # of DDP
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        remedy = "are MASTER_ADDR and MASTER_PORT right, and were all processes started?"
+        with explaining(f"{words}: the processes do not find each other", remedy):
+            meeting = dist.rendezvous("env://", timeout=MEETING)
+            store, _, _ = next(meeting)
+            limit = timedelta(hours=hours)
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=world, timeout=limit
+            )
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")  # only the first process prints
+    return rank, world, device
+
+
+def barrier():
+    """Wait until every process is here."""
+    any_process(False)
+
+
+def any_process(flag):
+    """Whether `flag` is true in any process; all of them must ask. The GPUs do not wait for it."""
+    if not dist.is_initialized():
+        return bool(flag)
+    flags = torch.tensor(float(bool(flag)))  # on the CPU
+    dist.all_reduce(flags)
+    return flags.item() > 0
+
+
+def require_same_step(step):
+    """UserError if the processes would start at different steps: nodes without a common disk."""
+    if not dist.is_initialized():
+        return
+    smallest = torch.tensor([step, -step])
+    dist.all_reduce(smallest, dist.ReduceOp.MIN)
+    first, last = smallest[0].item(), -smallest[1].item()
+    if first != last:
+        raise UserError(
+            f"the processes would start at steps {first} to {last}: all nodes need the same --out"
+        )
+
+
+SIGNALS = []  # the signals received so far
+
+
+def catch_signals():
+    """From now on a signal is noted in SIGNALS, so that the run can save before it ends.
+
+    The signals are Ctrl-C, SIGTERM, SIGHUP (a lost terminal) and SIGUSR1 (Slurm's warning). A
+    second Ctrl-C ends a program of one process at once.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, note_signal)
+
+
+def note_signal(number, _):
+    if SIGNALS and number == signal.SIGINT and "RANK" not in os.environ:
+        raise KeyboardInterrupt
+    SIGNALS.append(number)
+    with contextlib.suppress(OSError):  # the terminal may be gone; print is not safe here
+        os.write(2, b"\nfinishing this step, then saving\n")
+
+
+def shield_worker(_):
+    """For loader processes: the signals that end a run are not theirs; the last step needs them."""
+    os.setsid()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def fetch(batches):
+    """The next batch and None, or None and the exception: the run is whole and can be saved."""
+    try:
+        return next(batches), None
+    except Exception as error:
+        return None, error
+
+
+# ---- the machine
+
+
+def check_memory(config, images, precision):
+    """UserError if this device cannot train on `images` at once; it names model sizes that fit."""
+    if torch.cuda.is_available():
+        memory = torch.cuda.mem_get_info()[1]
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = dit.training_memory(config, images, precision)
+    if needed <= memory:
+        return
+
+    fitting = []
+    for size in dit.SIZES:
+        name = f"{size}/{config['patch_size']}"
+        smaller = config | dit.parse_model(name)
+        if dit.training_memory(smaller, images, precision) <= memory:
+            fitting.append(name)
+    raise UserError(
+        f"{images} images at once need {needed / 1e9:.0f} GB, there are {memory / 1e9:.0f} GB:"
+        f" take a smaller --micro-batch, or a --model that fits"
+        f" ({', '.join(fitting) or 'none does'})"
+    )
+
+
+def compile_blocks(module):
+    """torch.compile every transformer block. UserError without a C++ compiler."""
+    if not shutil.which(os.environ.get("CXX", "c++")):
+        raise UserError("--compile needs a C++ compiler: install g++, or pass --no-compile")
+    torch._dynamo.config.optimize_ddp = False  # it would cut the model into dozens of graphs
+    for block in module.modules():
+        if isinstance(block, dit.DiTBlock):
+            block.compile(dynamic=False)  # one graph per number of tokens is faster
+
+
+# ---- files that are whole or absent
+
+
+def replace_file(path, write):
+    """Call write(file) for a file beside `path`, then rename it. UserError if that fails."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may write the same file
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise UserError(
+            f"cannot write {path} ({first_sentence(cause)});"
+            " free some space and run the same command again"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_json(path, value):
+    text = json.dumps(value, indent=1) + "\n"
+    replace_file(path, lambda file: file.write(text.encode()))
+
+
+def write_tensors(path, tensors):
+    """Write a dict of tensors as a .safetensors file."""
+    content = safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()})
+    replace_file(path, lambda file: file.write(content))
+
+
+def read_json(path, expected=None):
+    """The dict in a JSON file. UserError if there is none, or if it lacks what is `expected`."""
+    with explaining(f"{path}: damaged", "delete the folder and make it again"):
+        entries = dict(json.loads(Path(path).read_text()).items())
+        expect(entries, expected or {})
+        return entries
+
+
+COUNT = range(1, 2**31)
+
+
+def expect(entries, kinds):
+    """ValueError unless the dict has the entries named in `kinds`, each of its kind.
+
+    A kind is a type, a list of one type (a list of such values), or a range (an integer in it).
+    """
+    for name, kind in kinds.items():
+        value = entries.get(name)
+        if isinstance(kind, range):
+            good = type(value) is int and value in kind
+        elif isinstance(kind, list):
+            good = isinstance(value, list) and all(isinstance(x, kind[0]) for x in value)
+        elif kind is float:
+            good = isinstance(value, (int, float)) and math.isfinite(value)
+        else:
+            good = isinstance(value, kind)
+        if not good:
+            raise ValueError(f"{name} is {value!r:.60}")
+
+
+def difference(there, here, may_differ=()):
+    """The first entry in which two dicts differ, in words, or None."""
+    for name in [*here, *there]:
+        if name not in may_differ and there.get(name) != here.get(name):
+            return f"{name} is {there.get(name)!s:.60} there, {here.get(name)!s:.60} here"
+    return None
+
+
+def start_folder(folder, file, description, size):
+    """Make a folder for work in parts of `size` bytes in all, and write its description.
+
+    UserError if the folder holds other work or other files, or if the disk has less room.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / file).exists():
+        found = difference(read_json(folder / file), json.loads(json.dumps(description)))
+        if found:
+            remedy = "delete it or choose another name"
+            raise UserError(f"{folder} holds the work of another command: {found}; {remedy}")
+        return
+    foreign = sorted(path.name for path in folder.iterdir() if not path.name.endswith(".tmp"))
+    if foreign:
+        raise UserError(f"{folder} holds other files, such as {foreign[0]}; choose another --out")
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise UserError(f"{folder}: needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+    print(f"{folder}: needs at most {size / 1e9:.3f} GB, {free / 1e9:.1f} GB are free", flush=True)
+    write_json(folder / file, description)
+
+
+def file_hash(path):
+    """First 16 hexadecimal digits of the SHA-256 of a file, or of the last.pt of a run folder."""
+    with open(checkpoint_file(path), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+# ---- checkpoints
+
+# what a model must know of its data: entries of a cache's meta.json, and of a checkpoint's "data"
+DATA = {
+    "vae": str,
+    "image_size": COUNT,
+    "classes": [str],
+    "latent_scale": float,
+    "latent_shift": float,
+}
+
+
+def write_checkpoint(path, checkpoint):
+    replace_file(path, lambda file: torch.save(checkpoint, file))
+
+
+def checkpoint_file(path):
+    """The path of a checkpoint, or that of last.pt in a run folder."""
+    path = Path(path)
+    return path / "last.pt" if path.is_dir() else path
+
+
+def read_checkpoint(path, resume=False, official=None):
+    """The dict of a checkpoint, or of a run folder's last.pt, mapped into memory on the CPU.
+
+    resume: it must also hold what a run needs to go on, and its checksums are verified. official:
+    see from_official; such files get the form of ours. UserError if it is missing, damaged or
+    foreign.
+    """
+    path = checkpoint_file(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    with explaining(f"{path}: not a readable checkpoint", "use another one"):
+        if resume:
+            check_archive(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # in files of REPA and SiT
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if "config" not in checkpoint:
+            checkpoint = from_official(checkpoint, official)
+        validate_checkpoint(checkpoint, resume)
+    return checkpoint
+
+
+def check_archive(path):
+    """ValueError if a checksum in a checkpoint is wrong: torch.load does not look at them."""
+    damaged = zipfile.ZipFile(path).testzip()
+    if damaged:
+        raise ValueError(f"wrong checksum of {damaged}")
+
+
+def read_init(path, config):
+    """The checkpoint of --init, and the entries of `config` that its model hands on."""
+    init = read_checkpoint(path)
+    with explaining(f"--init {path}: does not fit this model", "choose another one"):
+        if init["config"]["arch"] == "NoiseDiT":
+            raise ValueError("DiT's own networks predict noise: only sample.py takes them")
+        check_archive(checkpoint_file(path))
+        inherited = dit.inherit_config(config, init["config"])
+    return init, inherited
+
+
+def validate_checkpoint(checkpoint, resume):
+    """Raise something unless all parts of a checkpoint are there, finite, and fit each other."""
+    expect(checkpoint, dict.fromkeys(["model", "ema", "config", "data", "args"], dict))
+    expect(checkpoint["data"], DATA)
+    parts = ["model", "ema"]
+    if resume:
+        expect(checkpoint, {"heads": dict, "opt": dict, "step": range(2**63)})
+        parts.append("heads")
+    with torch.device("meta"):
+        model = dit.build(checkpoint["config"])
+    for part in ("model", "ema"):
+        # a plain dict: load_state_dict would note `assign` in that of the checkpoint, and the next
+        # one to load it would be handed the mapped file
+        model.load_state_dict(dict(checkpoint[part]), assign=True)
+    for part in parts:
+        if not all(value.isfinite().all() for value in checkpoint[part].values()):
+            raise ValueError(f"{part} is not finite")
+    classes = len(checkpoint["data"]["classes"])
+    if classes != model.num_classes:
+        raise ValueError(f"it has names for {classes} classes, its model has {model.num_classes}")
+
+
+def load_model(path, weights="ema", device="cpu", official=None):
+    """The model of a checkpoint, in eval mode, and the checkpoint (see read_checkpoint)."""
+    checkpoint = read_checkpoint(path, official=official)
+    model = dit.build(checkpoint["config"])
+    model.load_state_dict(checkpoint[weights])
+    return model.to(device).eval(), checkpoint
+
+
+def from_official(file, official=None):
+    """A checkpoint in our form from a file of REPA, SiT or DiT, or of their training scripts.
+
+    The number of output channels tells them apart. With eight, the last four are variances: DiT
+    trains them, in SiT's files they are still 0. With four, the file is REPA's if it holds
+    projectors; otherwise `official` must be "repa" or "sit". ValueError for other files.
+    """
+    state = file.get("ema", file.get("model", file))
+    weights = {}
+    for name, value in state.items():
+        name = name.removeprefix("module.").removeprefix("_orig_mod.")
+        if not name.startswith("projectors."):
+            weights[name] = value.float()
+    projectors = len(weights) < len(state)
+
+    # older files of REPA: the blocks behind the aligned one are called decoder_blocks
+    shallow = sum(name.startswith("blocks.") and "qkv.weight" in name for name in weights)
+    deeper = [name for name in weights if name.startswith("decoder_blocks.")]
+    for name in deeper:
+        _, i, rest = name.split(".", 2)
+        weights[f"blocks.{int(i) + shallow}.{rest}"] = weights.pop(name)
+
+    width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
+    side = math.isqrt(weights["pos_embed"].shape[1]) * patch
+    heads = {width: heads for _, width, heads in dit.SIZES.values()}[width]
+    num_classes = len(weights["y_embedder.embedding_table.weight"]) - 1
+    kind = take_prediction(weights, patch, channels, "repa" if projectors or deeper else official)
+    if official not in (kind, None):
+        raise ValueError(f"its keys and shapes are those of {kind}")
+
+    return {
+        "model": weights,
+        "ema": weights,
+        "step": file.get("steps"),
+        "args": {"ema": 0.9999},
+        "config": {
+            "arch": "NoiseDiT" if kind == "dit" else "DiT",
+            "input_size": side,
+            "patch_size": patch,
+            "in_channels": channels,
+            "hidden_size": width,
+            "depth": sum("qkv.weight" in name for name in weights),
+            "num_heads": heads,
+            "num_classes": num_classes,
+            "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
+        },
+        "data": {
+            "vae": "stabilityai/sd-vae-ft-ema",
+            "image_size": 8 * side,
+            "latent_scale": 0.18215,
+            "latent_shift": 0.0,
+            "classes": [str(i) for i in range(num_classes)],
+        },
+    }
+
+
+def take_prediction(weights, patch, channels, four_channels):
+    """Leave the variances out of the last layer; returns the origin: repa, sit or dit.
+
+    four_channels: the origin if there are no variances. ValueError if it is needed and None.
+    """
+    names = ("final_layer.linear.weight", "final_layer.linear.bias")
+    last = {name: weights[name].unflatten(0, (patch**2, -1, channels)) for name in names}
+    for name in names:
+        weights[name] = last[name][:, 0].flatten(0, 1)
+    if last[names[0]].shape[1] == 1:
+        kind = four_channels
+    else:
+        kind = "dit" if any(value[:, 1].any() for value in last.values()) else "sit"
+    if kind is None:
+        raise ValueError("its keys fit REPA and SiT: sample.py needs --official repa or sit")
+    if kind == "sit":
+        reverse_time(weights)
+    return kind
+
+
+def reverse_time(weights):
+    """Turn SiT's weights, for which t = 1 is data, into ours: v(x, t) = - v_SiT(x, 1 - t).
+
+    The last layer changes its sign. The time MLP absorbs t -> 1 - t, which rotates every pair
+    cos(t f), sin(t f) of its inputs by the angle f.
+    """
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        weights[name] = -weights[name]
+    cos, sin = weights["t_embedder.mlp.0.weight"].chunk(2, dim=1)
+    f = dit.Sinusoids(cos.shape[1]).omega
+    rotated = [cos * f.cos() + sin * f.sin(), cos * f.sin() - sin * f.cos()]
+    weights["t_embedder.mlp.0.weight"] = torch.cat(rotated, dim=1)
+
+
+# ---- the run folder of a training script
+
+# flags that may differ when a run is resumed, because the result does not depend on them ...
+FREE_FLAGS = {
+    *("data", "out", "digits", "steps", "micro_batch", "compile", "workers"),
+    *("log_every", "sample_every", "save_every", "keep_every"),
+}
+# ... or because a run that lost its finite gradients can only go on with other ones
+RESCUE_FLAGS = {"lr", "clip", "precision"}
+
+
+def read_run(args, data, script):
+    """The checkpoint of the run in folder args.out, or None. It prints what changed since.
+
+    data: meta.json of the cache; script: path of the training script, whose text may have changed.
+    UserError if the folder holds another run or other files.
+    """
+    folder = Path(args.out)
+    if folder.is_file():
+        raise UserError(f"--out {folder}: is a file; choose a folder")
+    if not (folder / "last.pt").exists():
+        names = [path.name for path in folder.glob("[!.]*")]
+        foreign = [name for name in names if not name.endswith((".png", ".tmp"))]
+        if foreign and not (folder / "run.json").exists():
+            remedy = "choose another --out"
+            raise UserError(f"--out {folder} holds other files ({min(foreign)}); {remedy}")
+        return None
+
+    checkpoint = read_checkpoint(folder, resume=True)
+    step = checkpoint["step"]
+    there = checkpoint["args"] | {"cache": checkpoint["data"]}
+    here = vars(args) | {"cache": data}
+    found = difference(there, here, FREE_FLAGS | RESCUE_FLAGS)
+    if found:
+        raise UserError(f"{folder} holds another run: {found}; choose another --out")
+    for flag in sorted(RESCUE_FLAGS):
+        if there[flag] != here[flag]:
+            print(f"--{flag} changes from {there[flag]} to {here[flag]} at step {step}")
+    if checkpoint["code"] != file_hash(script):
+        print(f"the code of {Path(script).name} changed since step {step}")
+    return checkpoint
+
+
+def restore(checkpoint, objective, ema, optimizer):
+    """Copy a checkpoint into the objective (model and heads), the average and the optimiser."""
+    weights = {f"model.{name}": value for name, value in checkpoint["model"].items()}
+    with explaining("last.pt does not fit this run", "choose another --out"):
+        objective.load_state_dict(weights | checkpoint["heads"])
+        ema.load_state_dict(checkpoint["ema"])
+        optimizer.load_state_dict(checkpoint["opt"])
+    for moments in optimizer.state.values():
+        for name, value in moments.items():
+            moments[name] = value.clone()  # on the CPU they were still parts of the mapped file
+
+
+def save_run(args, config, features, objective, ema, optimizer, script, step):
+    """Write last.pt, the whole state of a run; every --keep-every steps also a snapshot."""
+    heads = objective.state_dict()
+    for key in list(heads):
+        if key.startswith("model."):  # the model is saved on its own
+            del heads[key]
+    checkpoint = {
+        "step": step,
+        "args": vars(args),
+        "config": config,
+        "data": features.meta,
+        "control": features.control_table,
+        "code": file_hash(script),
+        "model": objective.model.state_dict(),
+        "ema": ema.state_dict(),
+        "heads": heads,
+        "opt": optimizer.state_dict(),
+    }
+    write_checkpoint(Path(args.out, "last.pt"), checkpoint)
+    if step % args.keep_every == 0:
+        write_checkpoint(Path(args.out, f"{step:07d}.pt"), checkpoint)
+
+
+def due(args, step):
+    """What is to be done after this step: a set of "row", "checkpoint" and "preview"."""
+    todo = set()
+    if args.sample_every:
+        # also at 1/16, 1/8, 1/4 and 1/2 of the first interval, and at the end
+        early = [args.sample_every // n for n in (16, 8, 4, 2)]
+        if step in early or step % args.sample_every == 0 or step == args.steps:
+            todo.add("preview")
+    multiple = step % args.save_every == 0 or step % args.keep_every == 0
+    if todo or multiple or step == args.steps:
+        todo.add("checkpoint")
+    if todo or step % args.log_every == 0:
+        todo.add("row")
+    return todo
+
+
+LOCKS = []  # open files: a folder stays locked as long as this process lives
+
+
+def lock_folder(folder):
+    """Create a folder and lock it until this process ends. UserError if another one holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w")
+    LOCKS.append(file)
+    try:
+        # not flock: loader processes would inherit the lock and hold it after this one is killed
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        remedy = "wait for it or choose another --out"
+        raise UserError(f"{folder}: another process is writing there; {remedy}") from None
+    except OSError:
+        pass  # this file system has no locks
+
+
+def start_run(args, step, world, model):
+    """Lock the run folder, note this start in run.json, cut the log after `step`, say so."""
+    out = Path(args.out)
+    log = out / "log.jsonl"
+    lock_folder(out)
+    rows = []
+    if step and log.exists():
+        with explaining(f"{log}: damaged", "delete it to go on"):
+            whole = log.read_text().split("\n")[:-1]  # a kill may have cut the last row
+            rows = [row + "\n" for row in whole if json.loads(row)["step"] <= step]
+    starts = []
+    if step and (out / "run.json").exists():
+        with explaining(f"{out / 'run.json'}: damaged", "delete it to go on"):
+            starts = list(json.loads((out / "run.json").read_text()))
+
+    commit = None
+    if shutil.which("git"):
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    start = {
+        "step": step,
+        "argv": sys.argv,
+        "args": vars(args),
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "device": device,
+        "processes": world,
+        "git": commit,
+    }
+    write_json(out / "run.json", [*starts, start])
+    replace_file(log, lambda file: file.write("".join(rows).encode()))
+
+    if step >= args.steps:
+        print(f"{out} is at step {step} already; raise --steps to go on")
+        return
+    local_batch = args.batch_size // world
+    micro_batch = args.micro_batch or local_batch
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    processes = "1 process" if world == 1 else f"{world} processes"
+    print(
+        f"{type(model).__name__} {args.model}, {parameters:.1f}M parameters,"
+        f" {model.grid**2} tokens;"
+        f" {device}, {args.precision};"
+        f" batch {args.batch_size} = {processes} x {local_batch // micro_batch} x {micro_batch};"
+        f" steps {step} to {args.steps}; {out}"
+    )
+
+
+class TrainingLog:
+    """log.jsonl and the progress bar. A row holds means over the steps since the row before it.
+
+    The sums stay on the device, so that no step makes the host wait for the GPU. A step whose
+    gradient was not finite was skipped by the optimiser and does not count. `failure` says why a
+    row could not be written.
+    """
+
+    def __init__(self, args, step, rank, world, flops):
+        """flops: of one training step, per image."""
+        self.path = Path(args.out, "log.jsonl")
+        self.rank = rank
+        self.world = world
+        self.steps = args.steps
+        self.global_batch = args.batch_size
+        self.flops = flops
+        self.bad_in_a_row = 0
+        self.failure = None
+        disable = None if rank == 0 else True  # None: only where there is a terminal
+        self.bar = tqdm(total=args.steps, initial=step, unit="step", disable=disable)
+        self.restart(step)
+
+    def restart(self, step):
+        """The next row starts here, after whatever a row, a checkpoint or a preview took."""
+        self.sums = 0
+        self.since = step
+        self.clock = time.perf_counter()
+
+    def add(self, names, losses, grad_norm):
+        """Note one step: the names and values of its losses [n], and the norm of its gradient."""
+        self.names = [*names, "grad_norm"]
+        finite = grad_norm.isfinite()
+        self.last = torch.stack([*losses, grad_norm])
+        values = torch.cat([self.last, torch.ones(1, device=finite.device)])
+        self.sums = self.sums + torch.where(finite, values, 0)
+        self.bad_in_a_row = torch.where(finite, 0, self.bad_in_a_row + 1)
+        self.bar.update()
+
+    def row(self, step, lr):
+        """The row of this step; all processes must ask. A value that was never finite is None.
+
+        UserError after 100 steps in a row without a finite gradient, or if there was none at all.
+        """
+        if self.bad_in_a_row >= min(100, step):
+            self.bar.close()
+            raise UserError(f"step {step}: {self.explain_bad()}")
+        if dist.is_initialized():
+            dist.all_reduce(self.sums)
+        *sums, count = self.sums.tolist()  # count: finite steps, over all processes
+        steps = step - self.since
+        rate = steps * self.global_batch / (time.perf_counter() - self.clock)
+        means = [total / count if count else None for total in sums]
+        return {
+            "step": step,
+            **dict(zip(self.names, means, strict=True)),
+            "skipped": steps - round(count / self.world),
+            "lr": lr,
+            "img_per_s": rate,
+            "tflops": rate * self.flops / self.world / 1e12,
+            "memory_gb": torch.cuda.max_memory_allocated() / 1e9,  # 0 without a GPU
+        }
+
+    def write(self, row):
+        """Append the row to log.jsonl, and show its denoising loss beside the bar."""
+        if self.rank > 0:
+            return
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            reason = f"cannot write {self.path} ({error.strerror})"
+            self.failure = UserError(f"{reason}; free some space and run the same command again")
+        shown = next(name for name in ("loss_fm", "loss_edm", "loss") if name in row)
+        if row[shown] is None:
+            text = "no finite gradient"
+        else:
+            text = f"{shown} {row[shown]:.4f}"
+        text += f", {row['img_per_s']:.0f} img/s"
+        if row["skipped"]:
+            text += f", {row['skipped']} skipped"
+        self.bar.set_postfix_str(text)
+        if self.bar.disable:  # there is no terminal
+            print(f"step {row['step']}: {text}", flush=True)
+
+    def explain_bad(self):
+        pairs = zip(self.names, self.last.tolist(), strict=True)
+        values = ", ".join(f"{name} {value:.3g}" for name, value in pairs)
+        return (
+            f"no finite gradient in the last {int(self.bad_in_a_row)} steps, which were skipped"
+            f" ({values}); run the same command again with a lower --lr, or with --precision fp32"
+        )
+
+    def finish(self, step, failure):
+        """Say how the run ended: raises `failure`, or a UserError if the run is not complete."""
+        self.bar.close()
+        failure = failure or self.failure
+        if failure:
+            raise failure
+        if step < self.steps:
+            if self.rank > 0:
+                sys.exit(1)  # the first process speaks
+            raise UserError(f"interrupted at step {step}; run the same command again to go on")
+        if self.bad_in_a_row:
+            raise UserError(f"at the last step, {step}: {self.explain_bad()}")
+        pictures = sorted(self.path.parent.glob("samples-*.png"))
+        shown = f"; pictures: {self.path.parent}/samples-*.png" if pictures else ""
+        print(f"{self.path.parent} is at step {step}{shown}")
