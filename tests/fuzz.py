@@ -17,6 +17,7 @@ import json
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import sys
@@ -60,14 +61,8 @@ def call(command):
 
     Raises whatever leaves main(): SystemExit with a line where the program ends in one.
     """
-    program, *flags = command.split()
-    training = program in ("repa", "diversedit", "sddit")
-    try:
-        return MAINS[program]([*COMMANDS[program].split(), *flags])
-    except OSError as error:
-        if training:  # caught below main
-            sys.exit(f"train_{program}.py: {error}")
-        raise
+    program, *flags = shlex.split(command)
+    return MAINS[program]([*COMMANDS[program].split(), *flags])
 
 
 # ---- small whole files of every kind
@@ -91,6 +86,10 @@ def make_files(home):
         with zipfile.ZipFile("src.zip", "w", zipfile.ZIP_DEFLATED) as archive:
             for path in sorted(Path("src").glob("*/*")):
                 archive.write(path, path.relative_to("src"))
+        shutil.copytree("src", "listed")
+        names = sorted(path.relative_to("listed").as_posix() for path in Path("listed").glob("*/*"))
+        pairs = [[name, i % 3] for i, name in enumerate(names)]
+        Path("listed/dataset.json").write_text(json.dumps({"labels": pairs}))
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             call("extract --out cache --flip")
             call("extract --out plain --encoder none")
@@ -119,34 +118,45 @@ def small_nano():
 
 
 def data_at(path):
-    """Where the rows of an .npy begin."""
-    return 10 + int.from_bytes(Path(path).read_bytes()[8:10], "little")
+    """Where the tensors of a .safetensors file begin: behind its length and its JSON header."""
+    return 8 + int.from_bytes(Path(path).read_bytes()[:8], "little")
 
 
 TRAINED = ("run/last.pt", "run/log.jsonl", "run/run.json")
 RESUME = "repa --out run --steps 3"
 EVALUATE = "fid ref.npz samples.npz --json new.json"
-KINDS = {  # name: (path, "head" and "data" of an .npy or "all", command, results)
+SHARD = "00000000.safetensors"  # the first file of a cache, or of a set of sampled images
+PART = f"new.npz.partial/{SHARD}"
+SAMPLE_ON = "sample run --batch-size 2"
+CACHE = (f"new/{SHARD}",)
+KINDS = {  # name: (path, "head" and "data" of a .safetensors, or "all", command, results)
     "cache meta.json": ("cache/meta.json", "all", "repa", ("new/last.pt",)),
-    "cache moments.npy, header": ("cache/moments.npy", "head", "repa", ("new/last.pt",)),
-    "cache moments.npy, data": ("cache/moments.npy", "data", "repa", ("new/last.pt",)),
-    "cache targets.npy, header": ("cache/targets.npy", "head", "repa", ("new/last.pt",)),
-    "cache labels.npy, header": ("cache/labels.npy", "head", "repa", ("new/last.pt",)),
-    "cache labels.npy, data": ("cache/labels.npy", "data", "repa", ("new/last.pt",)),
-    "source .npz": ("src.npz", "all", "extract", ("new/moments.npy", "new/labels.npy")),
-    "source .zip": ("src.zip", "all", "extract --data src.zip", ("new/moments.npy", "new/labels.npy")),
-    "PNG": ("src/a/00.png", "all", "extract --data src", ("new/moments.npy",)),
-    "JPEG": ("src/a/03.jpg", "all", "extract --data src", ("new/moments.npy",)),
+    "cache shard, header": (f"cache/{SHARD}", "head", "repa", ("new/last.pt",)),
+    "cache shard, data": (f"cache/{SHARD}", "data", "repa", ("new/last.pt",)),
+    "cache shard, header, control": (f"cache/{SHARD}", "head", "sddit --control cosine", ("new/last.pt",)),
+    "started cache meta.json": ("cache/meta.json", "all", "extract --out cache --flip", (f"cache/{SHARD}",)),
+    "started cache shard, header": (
+        f"cache/{SHARD}",
+        "head",
+        "extract --out cache --flip",
+        (f"cache/{SHARD}",),
+    ),
+    "source .npz": ("src.npz", "all", "extract", CACHE),
+    "source .zip": ("src.zip", "all", "extract --data src.zip", CACHE),
+    "source dataset.json": ("listed/dataset.json", "all", "extract --data listed", CACHE),
+    "PNG": ("src/a/00.png", "all", "extract --data src", CACHE),
+    "JPEG": ("src/a/03.jpg", "all", "extract --data src", CACHE),
     "checkpoint, resumed": ("run/last.pt", "all", RESUME, TRAINED),
     "checkpoint, last 20 kB, resumed": ("run/last.pt", "tail", RESUME, TRAINED),
     "checkpoint, last 20 kB, sampled": ("run/last.pt", "tail", "sample run", ("new.npz",)),
     "checkpoint, pickle, sampled": ("run/last.pt", "first", "sample run", ("new.npz",)),
+    "checkpoint, --init": ("run/last.pt", "all", "repa --init run", ("new/last.pt",)),
     "official checkpoint": ("repa.pt", "all", "repa --init repa.pt", ("new/last.pt",)),
     "run log.jsonl": ("run/log.jsonl", "all", RESUME, TRAINED),
     "run run.json": ("run/run.json", "all", RESUME, TRAINED),
-    "sampling protocol.json": ("new.npz.partial/protocol.json", "all", "sample run", ("new.npz",)),
-    "sampling images.npy, header": ("new.npz.partial/images.npy", "head", "sample run", ("new.npz",)),
-    "sampling progress.npy": ("new.npz.partial/progress.npy", "all", "sample run", ("new.npz",)),
+    "sampling protocol.json": ("new.npz.partial/protocol.json", "all", SAMPLE_ON, ("new.npz",)),
+    "sampling part, header": (PART, "head", SAMPLE_ON, ("new.npz",)),
+    "sampling part, data": (PART, "data", SAMPLE_ON, ("new.npz",)),
     "fid reference .npz": ("ref.npz", "all", EVALUATE, ("new.json",)),
     "fid samples .npz": ("samples.npz", "all", EVALUATE, ("new.json",)),
     "fid PNG": ("src/a/00.png", "all", "fid src src --image-size 8 --json new.json", ("new.json",)),
@@ -162,11 +172,20 @@ def region(path, part):
 
 
 def start_sampling():
-    """Leave new.npz.partial behind as a kill does."""
-    decode, sample.decode = sample.decode, lambda *_: sys.exit("killed")
-    with contextlib.suppress(SystemExit):
-        call("sample run")
-    sample.decode = decode
+    """Leave new.npz.partial behind with the first of its two parts, as a kill does."""
+    decode = sample.decode
+
+    def killed(latents, autoencoder, data, indices):
+        if indices[0]:
+            sys.exit("killed")
+        return decode(latents, autoencoder, data, indices)
+
+    sample.decode = killed
+    try:
+        with contextlib.suppress(SystemExit):
+            call(SAMPLE_ON)
+    finally:
+        sample.decode = decode
 
 
 def outcome(path):
@@ -192,11 +211,9 @@ def run_command(command, results):
     """("done", outcomes), ("refused", line) or ("crash", what)."""
     try:
         call(command)
-    except (SystemExit, ValueError, OSError) as error:
-        line = str(error)
-        caught = isinstance(error, SystemExit) and isinstance(error.code, str)
-        refused = caught and "\n" not in line and len(line) < 600
-        return ("refused", line) if refused else ("crash", f"{type(error).__name__}: {line[:200]}")
+    except SystemExit as error:
+        refused = isinstance(error.code, str) and "\n" not in error.code and len(error.code) < 600
+        return ("refused" if refused else "crash", str(error)[:600])
     except BaseException as error:
         return "crash", f"{type(error).__name__}: {str(error)[:200]}"
     return "done", repr([outcome(path) for path in results])

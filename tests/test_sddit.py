@@ -64,6 +64,7 @@ def test_mask_keeps_the_stated_number(ratio, kept):
     with torch.device("meta"):
         model = dit.build({"arch": "SDDiT", **dit.parse_model("S/2")})
         objective = train_sddit.Objective(model, args, dict(images=1000))
+    assert objective.num_visible == kept and objective.epoch_steps == 1000 // 256
     visible = objective.choose_visible(torch.rand(3, 256))
     assert visible.shape == (3, kept) and all(len(set(row.tolist())) == kept for row in visible)
     assert kept == 256 or visible[0].tolist() != visible[1].tolist()

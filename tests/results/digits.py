@@ -29,6 +29,7 @@ from scipy.stats import t as student_t
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import extract_features
 import fid
+import files
 import sample
 
 HERE = Path(__file__).resolve().parent
@@ -239,7 +240,8 @@ def main(argv=None):
     args = parse_args(argv)
     if args.report:
         return report(args.out)
-    extract_features.extract_digits(args.out / "digits", rank=0, world=1, device="cpu")
+    with files.program(__file__, args):
+        extract_features.extract_digits(args.out / "digits", rank=0, world=1, device="cpu")
     jobs = [(row, seed, args.out / f"{row}-{seed}") for seed in args.seeds for row in args.rows]
     with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1) as pool:
         for row, seed, folder in pool.imap_unordered(run, jobs):
