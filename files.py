@@ -279,12 +279,20 @@ def shield_worker(_):
         signal.signal(number, signal.SIG_IGN)
 
 
-def fetch(batches):
-    """The next batch and None, or None and the exception: the run is whole and can be saved."""
-    try:
-        return next(batches), None
-    except Exception as error:
-        return None, error
+def until_stopped(batches, log):
+    """Yield batches until a process gets a signal, or fails to fetch its data or to write its log.
+
+    Between two steps the state of a run is whole: whoever iterates can save it. All processes stop
+    at the same step. `log.failure` keeps the exception.
+    """
+    while True:
+        try:
+            batch = next(batches)
+        except Exception as error:
+            log.failure = error
+        if any_process(log.failure or SIGNALS):
+            return
+        yield batch
 
 
 # ---- the machine
@@ -771,8 +779,8 @@ class TrainingLog:
     """log.jsonl and the progress bar. A row holds means over the steps since the row before it.
 
     The sums stay on the device, so that no step makes the host wait for the GPU. A step whose
-    gradient was not finite was skipped by the optimiser and does not count. `failure` says why a
-    row could not be written.
+    gradient was not finite was skipped by the optimiser and does not count. `failure` is the
+    exception that ends the run, if there is one.
     """
 
     def __init__(self, args, step, rank, world, flops):
@@ -859,12 +867,11 @@ class TrainingLog:
             f" ({values}); run the same command again with a lower --lr, or with --precision fp32"
         )
 
-    def finish(self, step, failure):
+    def finish(self, step):
         """Say how the run ended: raises `failure`, or a UserError if the run is not complete."""
         self.bar.close()
-        failure = failure or self.failure
-        if failure:
-            raise failure
+        if self.failure:
+            raise self.failure
         if step < self.steps:
             if self.rank > 0:
                 sys.exit(1)  # the first process speaks

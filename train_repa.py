@@ -55,7 +55,7 @@ def parse_args(argv=None):
     add("--seed", type=number(int, 0, 2**32), default=0,
         help="seed of weights, order and noise")
     add("--workers", type=number(int, 0, 256),
-        help="processes that read the cache (default: 4 if it is read with targets, else 0)")
+        help="processes that read the cache (default: 4 with targets, otherwise 0)")
     add("--log-every", type=number(int, 1), default=50,
         help="steps between rows of log.jsonl")
     add("--sample-every", type=number(int, 0), default=10_000,
@@ -103,11 +103,11 @@ def parse_args(argv=None):
     add("--init", metavar="CKPT",
         help="start from the EMA weights of this checkpoint, as far as names and shapes agree")
     add("--pos-base", type=number(int, 1, 10**4),
-        help="side of the grid that the position table is stretched over: a smaller one"
-             " interpolates (default: the own grid; with --init, that of the checkpoint)")
+        help="side of the grid that the position table is stretched over; a smaller one"
+             " interpolates (default: the model's own grid, or with --init the checkpoint's)")
     add("--time-shift", type=number(float, above=0),
-        help="values above 1 shift training times towards noise, for a higher resolution"
-             " (default: 1; with --init, the ratio of the sides)")
+        help="a value above 1 shifts the training times towards noise, for a higher resolution"
+             " (default: 1, or with --init the ratio of the sides)")
 
     digits = {  # defaults that --digits replaces
         "data": "features/digits",
@@ -125,29 +125,29 @@ def parse_args(argv=None):
     add("--repa-weight", type=number(float, 0), default=0.5,
         help="lambda; 0 trains the plain SiT and reads no targets")
     add("--repa-depth", type=number(int, 1),
-        help="block whose tokens are aligned, from 1 (default: 8 for L and XL; 4 for S and B, as"
-             " in REPA's issue 5; 2 for nano)")
+        help="block whose tokens are aligned, counted from 1 (default: 8 for L and XL, 2 for nano,"
+             " and 4 for S and B, as the authors say in REPA#5)")
     digits["repa_weight"] = 2.0  # with HOG targets, the weight 0.5 has almost no effect
     # <<< repa
-    if parser.parse_known_args(argv)[0].digits:
-        parser.set_defaults(**digits)  # flags that are given still win
+    if parser.parse_known_args(argv)[0].digits:  # a first pass, to see this one flag
+        parser.set_defaults(**digits)
     return parser.parse_args(argv)
 
 
 # >>> repa
 def repa_loss(projected, targets):
-    """L_repa = - mean cos(h(tokens), z) (arXiv 2410.06940): fp32 scalar in [-1, 1].
+    """L_repa = - mean cos(h(tokens), z) (arXiv 2410.06940), an fp32 scalar from -1 to 1.
 
-    projected, targets: lists of [N, T, E] of any precision, one entry per encoder.
+    projected: the h(tokens), a list of [N, T, E] with one entry per encoder; targets: z, likewise.
     """
     cosines = []
-    for h, z in zip(projected, targets, strict=True):
-        cosines.append(F.cosine_similarity(h.float(), z.float(), dim=-1).mean())
+    for h_tokens, z in zip(projected, targets, strict=True):
+        cosines.append(F.cosine_similarity(h_tokens.float(), z.float(), dim=-1).mean())
     return -torch.stack(cosines).mean()
 
 
 def projector(width, target_width, hidden):
-    """The MLP h from hidden tokens to encoder tokens: three linear layers with SiLU between."""
+    """The MLP h maps hidden tokens to encoder tokens: three linear layers with SiLU between them."""
     h = nn.Sequential(
         nn.Linear(width, hidden),
         nn.SiLU(),
@@ -155,21 +155,26 @@ def projector(width, target_width, hidden):
         nn.SiLU(),
         nn.Linear(hidden, target_width),
     )
-    for linear in h[::2]:
-        nn.init.xavier_uniform_(linear.weight)
-        nn.init.zeros_(linear.bias)
+    for layer in h:
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
     return h
 
 
 class Alignment(nn.Module):
-    """The projectors h, and L_repa of the tokens of block `depth`. UserError without that block."""
+    """Holds the projectors h and computes L_repa for the tokens of block `depth`.
+
+    Raises UserError if the model has no such block.
+    """
 
     def __init__(self, model, depth, meta):
         super().__init__()
         if depth > len(model.blocks):
             raise UserError(f"--repa-depth {depth}: the model has blocks 1 to {len(model.blocks)}")
-        small = model.hidden_size < dit.SIZES["S"][1]  # nano is no size of the paper
-        hidden = 4 * model.hidden_size if small else 2048
+        hidden = 2048
+        if model.hidden_size < 384:  # nano, which is no size of the paper
+            hidden = 4 * model.hidden_size
         self.target_widths = meta["target_widths"]
         self.projectors = nn.ModuleList()
         for target_width in self.target_widths:
@@ -180,13 +185,13 @@ class Alignment(nn.Module):
         return repa_loss(projected, targets.split(self.target_widths, dim=-1))
 
     def flops(self, tokens):
-        """Of the forward pass, for one image of so many tokens."""
+        """Returns the FLOPs of the forward pass for one image of so many tokens."""
         weights = sum(p.numel() for p in self.projectors.parameters() if p.ndim == 2)
         return 2 * tokens * weights
 
 
 class Objective(nn.Module):
-    """Model, training-only heads and loss in one module: DDP sees all parameters in one forward."""
+    """Holds the model, the training-only heads and the loss, so that DDP wraps them as one module."""
 
     def __init__(self, model, args, meta):
         super().__init__()
@@ -196,59 +201,64 @@ class Objective(nn.Module):
         self.alignment = None
         self.aligned_blocks = []
         if self.repa_weight > 0:
-            depth = args.repa_depth or {"nano": 2, "S": 4, "B": 4}.get(size, 8)
+            default = {"nano": 2, "S": 4, "B": 4, "L": 8, "XL": 8}[size]
+            depth = args.repa_depth or default
             self.alignment = Alignment(model, depth, meta)
             self.aligned_blocks = [depth]
 
     def forward(self, x, y, t, eps, drop, targets=None, control=None):
-        """A dict of scalar tensors: `loss` is minimised, the others are logged.
+        """Returns a dict of scalar tensors: `loss` is minimised, and all are logged.
 
-        x, eps [N, C, H, W]; y [N]; t [N] uniform in [0, 1): a fork changes its distribution here;
-        drop [N], labels to drop; targets [N, T, sum of E]; control [N, 7], see dit.ControlEmbedder.
+        x, eps [N, C, H, W]; y [N]; t [N], uniform in [0, 1); drop [N], true where the label is
+        dropped; targets [N, T, sum of E]; control [N, 7], see dit.ControlEmbedder. To train with
+        another distribution of times, transform t here.
         """
-        t = dit.shift_time(t, self.model.time_shift)                 # identity without --time-shift
-        t_ = t.view(-1, 1, 1, 1)
-        x_t = (1 - t_) * x + t_ * eps                                # (N, C, H, W)
+        t = dit.shift_time(t, self.model.time_shift)  # changes nothing without --time-shift
+        t_image = t.view(-1, 1, 1, 1)
+        x_t = (1 - t_image) * x + t_image * eps                      # (N, C, H, W)
         v, tokens = self.model(
             x_t, t, y, drop=drop, control=control, return_blocks=self.aligned_blocks
         )
-        loss = loss_fm = F.mse_loss(v.float(), eps - x)
-        losses = {"loss_fm": loss_fm}
-        if self.alignment:
-            losses["loss_repa"] = self.alignment(tokens[0], targets)
-            loss = loss_fm + self.repa_weight * losses["loss_repa"]
-        return {"loss": loss, **losses}
+        loss_fm = F.mse_loss(v.float(), eps - x)
+        if self.alignment is None:
+            return {"loss": loss_fm, "loss_fm": loss_fm}
+        loss_repa = self.alignment(tokens[0], targets)
+        loss = loss_fm + self.repa_weight * loss_repa
+        return {"loss": loss, "loss_fm": loss_fm, "loss_repa": loss_repa}
 
     def flops(self, config):
-        """FLOPs of a training step, per image: the backward pass costs twice the forward pass."""
+        """Returns the FLOPs of a training step per image: a backward pass costs two forward passes."""
         forward = dit.forward_flops(config)
-        if self.alignment:
+        if self.alignment is not None:
             forward += self.alignment.flops(self.model.grid**2)
         return 3 * forward
 
 
 def cknna(f, g, k=10):
-    """Alignment of features f [n, D] and g [n, E] of n images; 1 if they agree (arXiv 2405.07987).
+    """Measures how well features f [n, D] and g [n, E] of n images agree (arXiv 2405.07987).
 
-    The correlation of their centred kernels over pairs (i, j) where j is among the k nearest
-    neighbours of i in both.
+    Returns the correlation of their centered kernels over the pairs (i, j) where j is among the k
+    nearest neighbours of i in both: a float, which is 1 for features that agree.
     """
 
-    def local_kernel(z):
-        z = F.normalize(z.double(), dim=1)
-        kernel = z @ z.T                                             # (n, n)
-        nearest = kernel.clone().fill_diagonal_(-2).topk(k).indices  # (n, k), never i itself
+    def local_kernel(features):
+        unit = F.normalize(features.double(), dim=1)
+        kernel = unit @ unit.T                                       # (n, n)
+        others = kernel.clone().fill_diagonal_(-2)  # below every cosine: i is not its own neighbour
+        nearest = others.topk(k).indices                             # (n, k)
         mask = torch.zeros_like(kernel).scatter(1, nearest, 1)
         return mask * (kernel - kernel.mean(1, keepdim=True))
 
-    K = local_kernel(f)  # zero except at neighbours, so that K * L keeps only the common ones
-    L = local_kernel(g)
-    return ((K * L).sum() / (K.square().sum() * L.square().sum()).sqrt()).item()
+    # both kernels are zero outside the neighbours, so their product keeps the common neighbours
+    kernel_f = local_kernel(f)
+    kernel_g = local_kernel(g)
+    norm = (kernel_f.square().sum() * kernel_g.square().sum()).sqrt()
+    return ((kernel_f * kernel_g).sum() / norm).item()
 
 
 @torch.no_grad()
 def report_cknna(model, features, images=256):
-    """CKNNA of each block's mean token with the mean target: {t: [value by block]}."""
+    """Returns the CKNNA of each block's mean token with the mean target: {t: [value by block]}."""
     device = next(model.parameters()).device
     blocks = range(1, len(model.blocks) + 1)
     batch = features.fixed_batch(images, device)
@@ -259,11 +269,12 @@ def report_cknna(model, features, images=256):
     for t in (0.25, 0.5):
         x_t = (1 - t) * x + t * eps
         means = []
-        for i in torch.arange(len(x), device=device).split(32):
-            control = batch["control"][i] if "control" in batch else None
-            times = torch.full((len(i),), t, device=device)
-            _, tokens = model(x_t[i], times, batch["y"][i], control=control, return_blocks=blocks)
-            means.append(torch.stack([z.mean(1) for z in tokens]))   # (blocks, 32, D)
+        for rows in torch.arange(len(x), device=device).split(32):
+            y = batch["y"][rows]
+            control = batch["control"][rows] if "control" in batch else None
+            times = torch.full((len(rows),), t, device=device)
+            _, tokens = model(x_t[rows], times, y, control=control, return_blocks=blocks)
+            means.append(torch.stack([block.mean(1) for block in tokens]))  # (blocks, 32, D)
         means = torch.cat(means, dim=1)                              # (blocks, n, D)
         report[str(t)] = [cknna(mean, targets) for mean in means]
     return report
@@ -271,24 +282,56 @@ def report_cknna(model, features, images=256):
 
 
 def step_generator(seed, step, device):
-    """The source of all randomness of one step, on the device."""
+    """Returns the generator that one step draws all its random numbers from."""
     state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state))
 
 
 def data_order(dataset_size, views, global_batch, mine, seed, start):
-    """An endless iterator over the indices of each batch, from step `start` on; `mine` is a slice.
+    """Yields for each step, from `start` on, the indices of the images that this process trains on.
 
-    An epoch is a permutation of the images, each with one of its views; view v of image i has the
-    index i * views + v. What is left at the end of an epoch, less than a batch, is dropped.
+    mine: the slice of the global batch that is this process's. An epoch is a permutation of the
+    images, each in one of its views: view v of image i has the index i * views + v. The incomplete
+    batch at the end of an epoch is dropped.
     """
     steps_per_epoch = dataset_size // global_batch
     for step in count(start):
         epoch, i = divmod(step, steps_per_epoch)
         if i == 0 or step == start:  # a new epoch, or a resumed run
             rng = np.random.default_rng([seed, epoch])
-            order = rng.permutation(dataset_size) * views + rng.integers(views, size=dataset_size)
-        yield order[i * global_batch : (i + 1) * global_batch][mine]
+            image = rng.permutation(dataset_size)
+            view = rng.integers(views, size=dataset_size)
+            epoch_order = image * views + view
+        batch = epoch_order[i * global_batch : (i + 1) * global_batch]
+        yield batch[mine]
+
+
+def draw_noise(args, model, mine, step, device):
+    """Draws the noise of the global batch of one step, and returns this process's rows of it.
+
+    It comes from (seed, step) alone. A resumed run therefore continues exactly, and the noise is
+    the same for any number of processes. The draws of a method come last: all methods share the
+    others.
+    """
+    generator = step_generator(args.seed, step, device)
+    side = model.grid * model.patch_size
+    latents = (args.batch_size, model.in_channels, side, side)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, device=device)
+
+    def uniform(*shape):
+        return torch.rand(*shape, generator=generator, device=device)
+
+    noise = {
+        "vae_noise": normal(*latents),
+        "t": uniform(args.batch_size),
+        "eps": normal(*latents),
+        "drop": uniform(args.batch_size) < model.y_embedder.dropout_prob,
+    }
+    if args.control != "none":
+        noise["keep_control"] = uniform(args.batch_size, 1) >= args.control_drop
+    return {name: value[mine] for name, value in noise.items()}
 
 
 @torch.no_grad()
@@ -298,10 +341,10 @@ def update_ema(ema, model, decay):
 
 
 def prepare(args, world):
-    """Check the command, the cache and the run folder; nothing is written.
+    """Checks the command, the cache and the run folder, and writes nothing.
 
-    Returns the cache, the config of the model, the checkpoint to resume and that of --init; either
-    may be None. UserError if something does not fit.
+    Returns the cache, the config of the model, and two checkpoints: the one to resume and that of
+    --init, each of which may be None. Raises UserError if something does not fit.
     """
     # >>> repa
     arch = {"arch": "DiT"}
@@ -342,7 +385,7 @@ def prepare(args, world):
 
 
 def build(args, features, config, init, device):
-    """Model, heads and loss in one module; the average of the model's weights; the optimiser."""
+    """Builds the objective (model, heads and loss), the averaged model and the optimiser."""
     torch.manual_seed(args.seed)
     model = dit.build(config)
     if init:
@@ -372,16 +415,16 @@ def train(args):
     if checkpoint:
         step = checkpoint["step"]
         files.restore(checkpoint, objective, ema, optimizer)
-    checkpoint = init = None  # closes the files
+    del checkpoint, init  # they are mapped files, which this closes
     files.require_same_step(step)
     if args.compile:
         files.compile_blocks(objective)
     if rank == 0:
         vae = load_autoencoder(features.meta["vae"], device) if args.sample_every else None
         files.start_run(args, step, world, model)
-    wrapped = objective
+    ddp_objective = objective
     if world > 1:
-        wrapped = DistributedDataParallel(
+        ddp_objective = DistributedDataParallel(
             objective, broadcast_buffers=False, gradient_as_bucket_view=True
         )
 
@@ -391,62 +434,54 @@ def train(args):
     micro_batch = args.micro_batch or local_batch
     accumulation = local_batch // micro_batch
     mine = slice(rank * local_batch, (rank + 1) * local_batch)
-    latent_shape = (model.in_channels, config["input_size"], config["input_size"])
     dataset_size = len(features.labels)
     order = data_order(dataset_size, features.views, global_batch, mine, args.seed, step)
-    batches = features.loader(order, args.workers, device)
 
     log = files.TrainingLog(args, step, rank, world, objective.flops(config))
     save = partial(files.save_run, args, config, features, objective, ema, optimizer, __file__)
-    failure = None
+    batches = files.until_stopped(features.loader(order, args.workers, device), log)
 
     while step < args.steps:
-        # 1. data and noise. The noise of the global batch comes from (seed, step), and each process
-        # takes its rows: a resumed run goes on exactly, whatever the number of processes.
-        batch, failure = files.fetch(batches)                        # moments, y, targets, control
-        if files.any_process(failure or log.failure or files.SIGNALS):
+        # 1. data and noise
+        batch = next(batches, None)
+        if batch is None:  # a process got a signal, or its data failed
             break
-        rng = {"generator": step_generator(args.seed, step, device), "device": device}
-        vae_noise = torch.randn(global_batch, *latent_shape, **rng)
-        draws = {
-            "t": torch.rand(global_batch, **rng),
-            "eps": torch.randn(global_batch, *latent_shape, **rng),
-            "drop": torch.rand(global_batch, **rng) < model.y_embedder.dropout_prob,
-        }
+        batch |= draw_noise(args, model, mine, step, device)
+        batch["x"] = features.latents(batch.pop("moments"), batch.pop("vae_noise"))
         if args.control != "none":
-            keep_control = torch.rand(global_batch, 1, **rng) >= args.control_drop
-            batch["control"] *= keep_control[mine]                   # a row of zeros: no control
-        batch["x"] = features.latents(batch.pop("moments"), vae_noise[mine])
-        batch |= {name: value[mine] for name, value in draws.items()}
+            batch["control"] *= batch.pop("keep_control")  # a row of zeros means no control
 
         # 2. forward and backward
-        means = 0
+        step_losses = 0
         for start in range(0, local_batch, micro_batch):
             part = {name: value[start : start + micro_batch] for name, value in batch.items()}
-            # DDP averages the gradients over the processes in the last micro-batch only
-            wrapped.require_backward_grad_sync = start + micro_batch == local_batch
+            # only in the last micro-batch does DDP average the gradients over the processes
+            last = start + micro_batch == local_batch
+            ddp_objective.require_backward_grad_sync = last
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                losses = wrapped(**part)
+                losses = ddp_objective(**part)
             (losses["loss"] / accumulation).backward()
             values = torch.stack([value.detach() for value in losses.values()])
-            means = means + values / accumulation
+            step_losses = step_losses + values / accumulation
 
         # 3. optimiser step
-        lr = args.lr * min((step + 1) / max(args.warmup, 1), 1)
+        warmup = min((step + 1) / max(args.warmup, 1), 1)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = args.lr * warmup
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.clip or np.inf)
-        optimizer.found_inf = (~grad_norm.isfinite()).float()        # where 1, AdamW skips the step
+        # fused AdamW skips the step where found_inf is 1, as GradScaler asks it to: unlike an `if`,
+        # this does not make the host wait for the GPU
+        optimizer.found_inf = (~grad_norm.isfinite()).float()
         optimizer.step()
         optimizer.zero_grad()
         update_ema(ema, model, args.ema)
         step += 1
 
         # 4. log
-        log.add(losses, means, grad_norm)
+        log.add(list(losses), step_losses, grad_norm)
         due = files.due(args, step)
         if "row" in due:
-            row = log.row(step, lr)
+            row = log.row(step, args.lr * warmup)
             # >>> repa
             enough = len(features.labels) > 10  # CKNNA needs more than its ten neighbours
             if "preview" in due and rank == 0 and enough and "targets" in features.names:
@@ -460,13 +495,13 @@ def train(args):
         if "preview" in due and rank == 0:
             sample.preview(ema, features, vae, out / f"samples-{step:07d}.png", args.seed)
         if "row" in due:
-            log.restart(step)
+            log.restart(step)  # so that img_per_s does not count what a row or a preview took
 
     if rank == 0 and "checkpoint" not in files.due(args, step):
         save(step)
     if world > 1:
         dist.destroy_process_group()
-    log.finish(step, failure)
+    log.finish(step)
 
 
 def main(argv=None):

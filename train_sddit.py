@@ -72,7 +72,7 @@ def parse_args(argv=None):
     add("--seed", type=number(int, 0, 2**32), default=0,
         help="seed of weights, order and noise")
     add("--workers", type=number(int, 0, 256),
-        help="processes that read the cache (default: 4 if it is read with targets, else 0)")
+        help="processes that read the cache (default: 4 with targets, otherwise 0)")
     add("--log-every", type=number(int, 1), default=50,
         help="steps between rows of log.jsonl")
     add("--sample-every", type=number(int, 0), default=10_000,
@@ -120,11 +120,11 @@ def parse_args(argv=None):
     add("--init", metavar="CKPT",
         help="start from the EMA weights of this checkpoint, as far as names and shapes agree")
     add("--pos-base", type=number(int, 1, 10**4),
-        help="side of the grid that the position table is stretched over: a smaller one"
-             " interpolates (default: the own grid; with --init, that of the checkpoint)")
+        help="side of the grid that the position table is stretched over; a smaller one"
+             " interpolates (default: the model's own grid, or with --init the checkpoint's)")
     add("--time-shift", type=number(float, above=0),
-        help="values above 1 shift training times towards noise, for a higher resolution"
-             " (default: 1; with --init, the ratio of the sides)")
+        help="a value above 1 shifts the training times towards noise, for a higher resolution"
+             " (default: 1, or with --init the ratio of the sides)")
 
     digits = {  # defaults that --digits replaces
         "data": "features/digits",
@@ -160,8 +160,8 @@ def parse_args(argv=None):
     digits["teacher_momentum"] = [0.9, 0.99]  # a short run needs a faster teacher
     digits["tau_t"] = [0.06, 0.06]
     # <<< sddit
-    if parser.parse_known_args(argv)[0].digits:
-        parser.set_defaults(**digits)  # flags that are given still win
+    if parser.parse_known_args(argv)[0].digits:  # a first pass, to see this one flag
+        parser.set_defaults(**digits)
     return parser.parse_args(argv)
 
 
@@ -411,24 +411,60 @@ class Objective(nn.Module):
 
 
 def step_generator(seed, step, device):
-    """The source of all randomness of one step, on the device."""
+    """Returns the generator that one step draws all its random numbers from."""
     state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state))
 
 
 def data_order(dataset_size, views, global_batch, mine, seed, start):
-    """An endless iterator over the indices of each batch, from step `start` on; `mine` is a slice.
+    """Yields for each step, from `start` on, the indices of the images that this process trains on.
 
-    An epoch is a permutation of the images, each with one of its views; view v of image i has the
-    index i * views + v. What is left at the end of an epoch, less than a batch, is dropped.
+    mine: the slice of the global batch that is this process's. An epoch is a permutation of the
+    images, each in one of its views: view v of image i has the index i * views + v. The incomplete
+    batch at the end of an epoch is dropped.
     """
     steps_per_epoch = dataset_size // global_batch
     for step in count(start):
         epoch, i = divmod(step, steps_per_epoch)
         if i == 0 or step == start:  # a new epoch, or a resumed run
             rng = np.random.default_rng([seed, epoch])
-            order = rng.permutation(dataset_size) * views + rng.integers(views, size=dataset_size)
-        yield order[i * global_batch : (i + 1) * global_batch][mine]
+            image = rng.permutation(dataset_size)
+            view = rng.integers(views, size=dataset_size)
+            epoch_order = image * views + view
+        batch = epoch_order[i * global_batch : (i + 1) * global_batch]
+        yield batch[mine]
+
+
+def draw_noise(args, model, mine, step, device):
+    """Draws the noise of the global batch of one step, and returns this process's rows of it.
+
+    It comes from (seed, step) alone. A resumed run therefore continues exactly, and the noise is
+    the same for any number of processes. The draws of a method come last: all methods share the
+    others.
+    """
+    generator = step_generator(args.seed, step, device)
+    side = model.grid * model.patch_size
+    latents = (args.batch_size, model.in_channels, side, side)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, device=device)
+
+    def uniform(*shape):
+        return torch.rand(*shape, generator=generator, device=device)
+
+    noise = {
+        "vae_noise": normal(*latents),
+        "t": uniform(args.batch_size),
+        "eps": normal(*latents),
+        "drop": uniform(args.batch_size) < model.y_embedder.dropout_prob,
+    }
+    if args.control != "none":
+        noise["keep_control"] = uniform(args.batch_size, 1) >= args.control_drop
+    # >>> sddit
+    noise["mask_noise"] = uniform(args.batch_size, model.grid**2)
+    noise["teacher_t"] = uniform(args.batch_size)
+    # <<< sddit
+    return {name: value[mine] for name, value in noise.items()}
 
 
 @torch.no_grad()
@@ -438,10 +474,10 @@ def update_ema(ema, model, decay):
 
 
 def prepare(args, world):
-    """Check the command, the cache and the run folder; nothing is written.
+    """Checks the command, the cache and the run folder, and writes nothing.
 
-    Returns the cache, the config of the model, the checkpoint to resume and that of --init; either
-    may be None. UserError if something does not fit.
+    Returns the cache, the config of the model, and two checkpoints: the one to resume and that of
+    --init, each of which may be None. Raises UserError if something does not fit.
     """
     # >>> sddit
     arch = {"arch": "SDDiT", "cls_condition": not args.no_cls_condition}
@@ -484,7 +520,7 @@ def prepare(args, world):
 
 
 def build(args, features, config, init, device):
-    """Model, heads and loss in one module; the average of the model's weights; the optimiser."""
+    """Builds the objective (model, heads and loss), the averaged model and the optimiser."""
     torch.manual_seed(args.seed)
     model = dit.build(config)
     if init:
@@ -514,16 +550,16 @@ def train(args):
     if checkpoint:
         step = checkpoint["step"]
         files.restore(checkpoint, objective, ema, optimizer)
-    checkpoint = init = None  # closes the files
+    del checkpoint, init  # they are mapped files, which this closes
     files.require_same_step(step)
     if args.compile:
         files.compile_blocks(objective)
     if rank == 0:
         vae = load_autoencoder(features.meta["vae"], device) if args.sample_every else None
         files.start_run(args, step, world, model)
-    wrapped = objective
+    ddp_objective = objective
     if world > 1:
-        wrapped = DistributedDataParallel(
+        ddp_objective = DistributedDataParallel(
             objective, broadcast_buffers=False, gradient_as_bucket_view=True
         )
 
@@ -533,63 +569,51 @@ def train(args):
     micro_batch = args.micro_batch or local_batch
     accumulation = local_batch // micro_batch
     mine = slice(rank * local_batch, (rank + 1) * local_batch)
-    latent_shape = (model.in_channels, config["input_size"], config["input_size"])
     dataset_size = len(features.labels)
     order = data_order(dataset_size, features.views, global_batch, mine, args.seed, step)
-    batches = features.loader(order, args.workers, device)
 
     log = files.TrainingLog(args, step, rank, world, objective.flops(config))
     save = partial(files.save_run, args, config, features, objective, ema, optimizer, __file__)
-    failure = None
+    batches = files.until_stopped(features.loader(order, args.workers, device), log)
 
     while step < args.steps:
-        # 1. data and noise. The noise of the global batch comes from (seed, step), and each process
-        # takes its rows: a resumed run goes on exactly, whatever the number of processes.
-        batch, failure = files.fetch(batches)                        # moments, y, targets, control
-        if files.any_process(failure or log.failure or files.SIGNALS):
+        # 1. data and noise
+        batch = next(batches, None)
+        if batch is None:  # a process got a signal, or its data failed
             break
-        rng = {"generator": step_generator(args.seed, step, device), "device": device}
-        vae_noise = torch.randn(global_batch, *latent_shape, **rng)
-        draws = {
-            "t": torch.rand(global_batch, **rng),
-            "eps": torch.randn(global_batch, *latent_shape, **rng),
-            "drop": torch.rand(global_batch, **rng) < model.y_embedder.dropout_prob,
-        }
+        batch |= draw_noise(args, model, mine, step, device)
+        batch["x"] = features.latents(batch.pop("moments"), batch.pop("vae_noise"))
         if args.control != "none":
-            keep_control = torch.rand(global_batch, 1, **rng) >= args.control_drop
-            batch["control"] *= keep_control[mine]                   # a row of zeros: no control
-        # >>> sddit
-        draws["mask_noise"] = torch.rand(global_batch, model.grid**2, **rng)
-        draws["teacher_t"] = torch.rand(global_batch, **rng)
-        # <<< sddit
-        batch["x"] = features.latents(batch.pop("moments"), vae_noise[mine])
-        batch |= {name: value[mine] for name, value in draws.items()}
+            batch["control"] *= batch.pop("keep_control")  # a row of zeros means no control
 
         # 2. forward and backward
-        means = 0
+        step_losses = 0
         for start in range(0, local_batch, micro_batch):
             part = {name: value[start : start + micro_batch] for name, value in batch.items()}
             # >>> sddit
             part["step"] = step
             # <<< sddit
-            # DDP averages the gradients over the processes in the last micro-batch only
-            wrapped.require_backward_grad_sync = start + micro_batch == local_batch
+            # only in the last micro-batch does DDP average the gradients over the processes
+            last = start + micro_batch == local_batch
+            ddp_objective.require_backward_grad_sync = last
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                losses = wrapped(**part)
+                losses = ddp_objective(**part)
             (losses["loss"] / accumulation).backward()
             values = torch.stack([value.detach() for value in losses.values()])
-            means = means + values / accumulation
+            step_losses = step_losses + values / accumulation
 
         # 3. optimiser step
-        lr = args.lr * min((step + 1) / max(args.warmup, 1), 1)
+        warmup = min((step + 1) / max(args.warmup, 1), 1)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = args.lr * warmup
         # >>> sddit
         if args.sd_weight and step < objective.epoch_steps:
             objective.head.prototypes.grad = None  # frozen in the first epoch, as in DINO and iBOT
         # <<< sddit
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.clip or np.inf)
-        optimizer.found_inf = (~grad_norm.isfinite()).float()        # where 1, AdamW skips the step
+        # fused AdamW skips the step where found_inf is 1, as GradScaler asks it to: unlike an `if`,
+        # this does not make the host wait for the GPU
+        optimizer.found_inf = (~grad_norm.isfinite()).float()
         optimizer.step()
         optimizer.zero_grad()
         update_ema(ema, model, args.ema)
@@ -600,10 +624,10 @@ def train(args):
         step += 1
 
         # 4. log
-        log.add(losses, means, grad_norm)
+        log.add(list(losses), step_losses, grad_norm)
         due = files.due(args, step)
         if "row" in due:
-            row = log.row(step, lr)
+            row = log.row(step, args.lr * warmup)
             # >>> sddit
             objective.warn(row)
             # <<< sddit
@@ -615,13 +639,13 @@ def train(args):
         if "preview" in due and rank == 0:
             sample.preview(ema, features, vae, out / f"samples-{step:07d}.png", args.seed)
         if "row" in due:
-            log.restart(step)
+            log.restart(step)  # so that img_per_s does not count what a row or a preview took
 
     if rank == 0 and "checkpoint" not in files.due(args, step):
         save(step)
     if world > 1:
         dist.destroy_process_group()
-    log.finish(step, failure)
+    log.finish(step)
 
 
 def main(argv=None):
