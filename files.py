@@ -1,4 +1,4 @@
-"""What every program needs and no paper mentions: command lines, processes, files, run folders.
+"""Command lines, processes, files and run folders: what every program needs and no paper mentions.
 
 A run of a training script leaves these files in its folder:
     last.pt           model, ema, heads, opt, step, args, config, data: enough to resume the run
@@ -6,12 +6,12 @@ A run of a training script leaves these files in its folder:
     log.jsonl         a row for every --log-every steps
     run.json          one entry per start: command, versions, device, commit
     samples-STEP.png  the previews
-Work in parts (a cache of features, a set of sampled images) is a folder with a JSON description and
-one .safetensors file per part. Every file is written beside its place and then renamed: it is
-whole, or it is not there. A command that was killed therefore continues when it is run again.
+Work that has many parts (a cache of features, a set of sampled images) is a folder with a JSON
+description and one .safetensors file per part. Every file is written beside its place and then
+renamed, so it is never there in part. Run a command that was killed again, and it continues.
 
-What a user can repair is a `UserError`, and `program` turns it into one line. Every other exception
-is a bug, ours or a forker's, and keeps its traceback.
+Raise `UserError` for what the user can repair: `program` turns it into one line. Every other
+exception is a bug and keeps its traceback.
 """
 
 import argparse
@@ -43,23 +43,19 @@ import dit
 
 
 class UserError(Exception):
-    """Something that a program's user can repair; its one line names the thing and the remedy."""
+    """Something that the user can repair. Its message is one line with the thing and the remedy."""
 
 
 @contextlib.contextmanager
 def program(file, args):
-    """Everything that a program does with its `args` happens in this context.
+    """A program does all its work in this context, which decides how the program ends.
 
-    A UserError, an OSError of a path among the arguments, a lack of memory and Ctrl-C end the
-    program with one line. Other exceptions keep their traceback.
+    A UserError, an OSError of a path among the arguments, a lack of memory and Ctrl-C end it with
+    one line. Other exceptions keep their traceback.
     """
     name = Path(file).name
     given = tuple(str(value) for value in vars(args).values() if isinstance(value, (str, Path)))
-    for descriptor in (0, 1, 2):
-        with contextlib.suppress(OSError):
-            os.fstat(descriptor)
-            continue
-        os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+    open_standard_streams()
     stdout = Stream(sys.stdout)
     stderr = Stream(sys.stderr)
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
@@ -81,8 +77,20 @@ def program(file, args):
             sys.exit(f"{name}: interrupted; run the same command again to go on")
 
 
+def open_standard_streams():
+    """Opens the null device in place of stdin, stdout and stderr if they were closed (`2>&-`).
+
+    Otherwise the next file that is opened would get their number, and the output of libraries.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+
+
 class Stream:
-    """stdout or stderr whose reader may go away (`| head -1`) without ending the run."""
+    """stdout or stderr for a run that must not end when its reader goes away (`| head -1`)."""
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")
@@ -101,13 +109,13 @@ class Stream:
     def attempt(self, action, *arguments):
         try:
             action(*arguments)
-        except OSError:  # from now on, and for what is still in the buffer: nowhere
+        except OSError:  # discard all further output, and what is still in the buffer
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 @contextlib.contextmanager
 def explaining(what, remedy):
-    """Turn whatever is raised inside into a UserError. Only for decoders of a user's files."""
+    """Turns whatever is raised inside into a UserError. Use it only around a decoder of files."""
     try:
         yield
     except Exception as error:  # libraries raise about ten types for a damaged file
@@ -120,11 +128,12 @@ def first_sentence(error):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that keeps the docstring's layout, shows every default, and fails in one line."""
+    """An argparse parser that keeps the docstring's layout, shows defaults, fails in one line."""
 
     class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
         def _get_help_string(self, action):
-            if action.default in (None, False) or "default" in (action.help or ""):
+            silent = action.default is None or action.default is False
+            if silent or "default" in (action.help or ""):
                 return action.help
             return super()._get_help_string(action)
 
@@ -134,12 +143,12 @@ class Parser(argparse.ArgumentParser):
         self.register("action", "onoff", argparse.BooleanOptionalAction)
 
     def parse_known_args(self, argv=None, namespace=None):
-        words = sys.argv[1:] if argv is None else argv
-        for before, word in zip(["", *words], words, strict=False):
-            if not word.strip():
-                self.error(f"argument {before}: is empty; is a variable not set?")
-            if word.startswith("--") and word.endswith("="):
-                self.error(f"argument {word}: is empty; is a variable not set?")
+        flag = "argument"
+        for word in sys.argv[1:] if argv is None else argv:
+            if word.startswith("--"):
+                flag = word
+            if not word.strip() or word.startswith("--") and word.endswith("="):
+                self.error(f"{flag}: the value is empty; is a variable not set?")
         return super().parse_known_args(argv, namespace)
 
     def error(self, message):
@@ -177,15 +186,15 @@ def model_name(text):
 # ---- processes and signals
 
 
-MEETING = timedelta(minutes=5)  # how long a process waits for the others to appear
+RENDEZVOUS = timedelta(minutes=5)  # how long a process waits for the others to appear
 
 
 def launch(hours=24):
-    """One process, or several under torchrun: returns rank, number of processes, and device.
+    """Joins the processes that torchrun started, one per GPU. Returns rank, their number, device.
 
-    Every GPU gets one process. CPU tensors travel by gloo, CUDA tensors by nccl; a process waits at
-    most so many hours for the others. UserError if torchrun's variables make no sense, if there is
-    no GPU for this process, or if the other processes do not appear in time.
+    hours: how long a process waits for the others later on. CPU tensors travel by gloo and CUDA
+    tensors by nccl. Raises UserError if torchrun's variables make no sense, if there is no GPU for
+    this process, or if the other processes do not appear in time.
     """
     variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     for name in variables:
@@ -212,11 +221,13 @@ def launch(hours=24):
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         remedy = "are MASTER_ADDR and MASTER_PORT right, and were all processes started?"
         with explaining(f"{words}: the processes do not find each other", remedy):
-            meeting = dist.rendezvous("env://", timeout=MEETING)
-            store, _, _ = next(meeting)
-            limit = timedelta(hours=hours)
+            store, _, _ = next(dist.rendezvous("env://", timeout=RENDEZVOUS))
             dist.init_process_group(
-                backend, store=store, rank=rank, world_size=world, timeout=limit
+                backend,
+                store=store,
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(hours=hours),
             )
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # only the first process prints
@@ -224,68 +235,70 @@ def launch(hours=24):
 
 
 def barrier():
-    """Wait until every process is here."""
+    """Waits until every process is here."""
     any_process(False)
 
 
 def any_process(flag):
-    """Whether `flag` is true in any process; all of them must ask. The GPUs do not wait for it."""
+    """Returns whether `flag` is true in any process. All processes must call it."""
     if not dist.is_initialized():
         return bool(flag)
-    flags = torch.tensor(float(bool(flag)))  # on the CPU
+    flags = torch.tensor(float(bool(flag)))  # on the CPU, so that no GPU waits
     dist.all_reduce(flags)
     return flags.item() > 0
 
 
 def require_same_step(step):
-    """UserError if the processes would start at different steps: nodes without a common disk."""
+    """Raises UserError if the processes would start at different steps, on different disks."""
     if not dist.is_initialized():
         return
-    smallest = torch.tensor([step, -step])
-    dist.all_reduce(smallest, dist.ReduceOp.MIN)
-    first, last = smallest[0].item(), -smallest[1].item()
-    if first != last:
-        raise UserError(
-            f"the processes would start at steps {first} to {last}: all nodes need the same --out"
-        )
+    lowest = torch.tensor(step)
+    highest = torch.tensor(step)
+    dist.all_reduce(lowest, dist.ReduceOp.MIN)
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    if lowest != highest:
+        found = f"the processes would start at steps {lowest} to {highest}"
+        raise UserError(f"{found}: all nodes need the same --out")
 
 
+# Ctrl-C, a scheduler's end, a lost terminal, and the warning that Slurm sends before the end
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 SIGNALS = []  # the signals received so far
 
 
 def catch_signals():
-    """From now on a signal is noted in SIGNALS, so that the run can save before it ends.
+    """From now on, signals are only noted in SIGNALS, so that the run can save before it ends.
 
-    The signals are Ctrl-C, SIGTERM, SIGHUP (a lost terminal) and SIGUSR1 (Slurm's warning). A
-    second Ctrl-C ends a program of one process at once.
+    A second Ctrl-C ends a program of one process at once.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, note_signal)
+    for signum in ENDING:
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(signum, note_signal)
 
 
-def note_signal(number, _):
-    if SIGNALS and number == signal.SIGINT and "RANK" not in os.environ:
+def note_signal(signum, _):
+    if SIGNALS and signum == signal.SIGINT and "RANK" not in os.environ:
         raise KeyboardInterrupt
-    SIGNALS.append(number)
+    SIGNALS.append(signum)
     with contextlib.suppress(OSError):  # the terminal may be gone; print is not safe here
         os.write(2, b"\nfinishing this step, then saving\n")
 
 
 def shield_worker(_):
-    """For loader processes: the signals that end a run are not theirs; the last step needs them."""
+    """Makes a loader process ignore the signals that end a run, whose last step still needs it."""
     os.setsid()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    for signum in ENDING:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def until_stopped(batches, log):
-    """Yield batches until a process gets a signal, or fails to fetch its data or to write its log.
+    """Yields batches until a process gets a signal, or fails to fetch its data or to write its log.
 
-    Between two steps the state of a run is whole: whoever iterates can save it. All processes stop
-    at the same step. `log.failure` keeps the exception.
+    All processes stop between the same two steps, when the state of the run can be saved.
+    `log.failure` keeps the exception.
     """
     while True:
+        log.clock = log.clock or time.perf_counter()  # a new interval begins with its first batch
         try:
             batch = next(batches)
         except Exception as error:
@@ -299,7 +312,7 @@ def until_stopped(batches, log):
 
 
 def check_memory(config, images, precision):
-    """UserError if this device cannot train on `images` at once; it names model sizes that fit."""
+    """Raises UserError, with sizes that fit, if this device cannot train on `images` at once."""
     if torch.cuda.is_available():
         memory = torch.cuda.mem_get_info()[1]
     else:
@@ -322,7 +335,7 @@ def check_memory(config, images, precision):
 
 
 def compile_blocks(module):
-    """torch.compile every transformer block. UserError without a C++ compiler."""
+    """Compiles every transformer block. Raises UserError if there is no C++ compiler."""
     if not shutil.which(os.environ.get("CXX", "c++")):
         raise UserError("--compile needs a C++ compiler: install g++, or pass --no-compile")
     torch._dynamo.config.optimize_ddp = False  # it would cut the model into dozens of graphs
@@ -335,7 +348,7 @@ def compile_blocks(module):
 
 
 def replace_file(path, write):
-    """Call write(file) for a file beside `path`, then rename it. UserError if that fails."""
+    """Calls write(file) for a file beside `path`, then renames it. Raises UserError on failure."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may write the same file
     try:
@@ -361,13 +374,13 @@ def write_json(path, value):
 
 
 def write_tensors(path, tensors):
-    """Write a dict of tensors as a .safetensors file."""
+    """Writes a dict of tensors as a .safetensors file."""
     content = safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()})
     replace_file(path, lambda file: file.write(content))
 
 
 def read_json(path, expected=None):
-    """The dict in a JSON file. UserError if there is none, or if it lacks what is `expected`."""
+    """Returns the dict in a JSON file. Raises UserError if it lacks what is `expected`."""
     with explaining(f"{path}: damaged", "delete the folder and make it again"):
         entries = dict(json.loads(Path(path).read_text()).items())
         expect(entries, expected or {})
@@ -378,9 +391,9 @@ COUNT = range(1, 2**31)
 
 
 def expect(entries, kinds):
-    """ValueError unless the dict has the entries named in `kinds`, each of its kind.
+    """Raises ValueError unless the dict has every entry that `kinds` names, and each of its kind.
 
-    A kind is a type, a list of one type (a list of such values), or a range (an integer in it).
+    A kind is a type, [a type] for a list of such values, or a range for an integer inside it.
     """
     for name, kind in kinds.items():
         value = entries.get(name)
@@ -397,7 +410,7 @@ def expect(entries, kinds):
 
 
 def difference(there, here, may_differ=()):
-    """The first entry in which two dicts differ, in words, or None."""
+    """Says in which entry two dicts differ, the first one if there are several; None if in none."""
     for name in [*here, *there]:
         if name not in may_differ and there.get(name) != here.get(name):
             return f"{name} is {there.get(name)!s:.60} there, {here.get(name)!s:.60} here"
@@ -405,9 +418,9 @@ def difference(there, here, may_differ=()):
 
 
 def start_folder(folder, file, description, size):
-    """Make a folder for work in parts of `size` bytes in all, and write its description.
+    """Makes a folder for work of `size` bytes in many parts, and writes its description.
 
-    UserError if the folder holds other work or other files, or if the disk has less room.
+    Raises UserError if the folder holds other work or other files, or if the disk has less room.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / file).exists():
@@ -427,7 +440,7 @@ def start_folder(folder, file, description, size):
 
 
 def file_hash(path):
-    """First 16 hexadecimal digits of the SHA-256 of a file, or of the last.pt of a run folder."""
+    """Returns the first 16 digits of the SHA-256 of a file, or of the last.pt of a run folder."""
     with open(checkpoint_file(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
@@ -449,17 +462,17 @@ def write_checkpoint(path, checkpoint):
 
 
 def checkpoint_file(path):
-    """The path of a checkpoint, or that of last.pt in a run folder."""
+    """Returns the path of a checkpoint, or that of last.pt in a run folder."""
     path = Path(path)
     return path / "last.pt" if path.is_dir() else path
 
 
 def read_checkpoint(path, resume=False, official=None):
-    """The dict of a checkpoint, or of a run folder's last.pt, mapped into memory on the CPU.
+    """Returns the dict of a checkpoint, or of a run folder's last.pt, mapped into memory.
 
-    resume: it must also hold what a run needs to go on, and its checksums are verified. official:
-    see from_official; such files get the form of ours. UserError if it is missing, damaged or
-    foreign.
+    resume: it must also hold what a run needs to continue, and its checksums are verified.
+    official: see from_official, which gives such files the form of ours. Raises UserError if the
+    file is missing, damaged or foreign.
     """
     path = checkpoint_file(path)
     if not path.is_file():
@@ -476,14 +489,14 @@ def read_checkpoint(path, resume=False, official=None):
 
 
 def check_archive(path):
-    """ValueError if a checksum in a checkpoint is wrong: torch.load does not look at them."""
+    """Raises ValueError if a checksum in a checkpoint is wrong. torch.load ignores them."""
     damaged = zipfile.ZipFile(path).testzip()
     if damaged:
         raise ValueError(f"wrong checksum of {damaged}")
 
 
 def read_init(path, config):
-    """The checkpoint of --init, and the entries of `config` that its model hands on."""
+    """Returns the checkpoint of --init, and the entries of `config` that its model hands on."""
     init = read_checkpoint(path)
     with explaining(f"--init {path}: does not fit this model", "choose another one"):
         if init["config"]["arch"] == "NoiseDiT":
@@ -494,7 +507,7 @@ def read_init(path, config):
 
 
 def validate_checkpoint(checkpoint, resume):
-    """Raise something unless all parts of a checkpoint are there, finite, and fit each other."""
+    """Raises an error unless all parts of a checkpoint are there, are finite and fit each other."""
     expect(checkpoint, dict.fromkeys(["model", "ema", "config", "data", "args"], dict))
     expect(checkpoint["data"], DATA)
     parts = ["model", "ema"]
@@ -504,8 +517,8 @@ def validate_checkpoint(checkpoint, resume):
     with torch.device("meta"):
         model = dit.build(checkpoint["config"])
     for part in ("model", "ema"):
-        # a plain dict: load_state_dict would note `assign` in that of the checkpoint, and the next
-        # one to load it would be handed the mapped file
+        # load_state_dict notes `assign` in a state dict and obeys the note the next time, when it
+        # should copy: so it gets a plain dict, which cannot hold a note
         model.load_state_dict(dict(checkpoint[part]), assign=True)
     for part in parts:
         if not all(value.isfinite().all() for value in checkpoint[part].values()):
@@ -516,7 +529,7 @@ def validate_checkpoint(checkpoint, resume):
 
 
 def load_model(path, weights="ema", device="cpu", official=None):
-    """The model of a checkpoint, in eval mode, and the checkpoint (see read_checkpoint)."""
+    """Returns the model of a checkpoint, in eval mode, and the checkpoint (see read_checkpoint)."""
     checkpoint = read_checkpoint(path, official=official)
     model = dit.build(checkpoint["config"])
     model.load_state_dict(checkpoint[weights])
@@ -524,11 +537,11 @@ def load_model(path, weights="ema", device="cpu", official=None):
 
 
 def from_official(file, official=None):
-    """A checkpoint in our form from a file of REPA, SiT or DiT, or of their training scripts.
+    """Returns a checkpoint in our form from a file of REPA, SiT or DiT, or of their scripts.
 
-    The number of output channels tells them apart. With eight, the last four are variances: DiT
-    trains them, in SiT's files they are still 0. With four, the file is REPA's if it holds
-    projectors; otherwise `official` must be "repa" or "sit". ValueError for other files.
+    The number of output channels tells them apart. If there are eight, the last four are variances:
+    DiT trains them, and in SiT's files they are still 0. If there are four, the file is REPA's if
+    it holds projectors; otherwise `official` must be "repa" or "sit". Raises ValueError for others.
     """
     state = file.get("ema", file.get("model", file))
     weights = {}
@@ -580,9 +593,9 @@ def from_official(file, official=None):
 
 
 def take_prediction(weights, patch, channels, four_channels):
-    """Leave the variances out of the last layer; returns the origin: repa, sit or dit.
+    """Leaves the variances out of the last layer. Returns the origin of the file: repa, sit, dit.
 
-    four_channels: the origin if there are no variances. ValueError if it is needed and None.
+    four_channels: the origin if there are no variances. Raises ValueError if that is not known.
     """
     names = ("final_layer.linear.weight", "final_layer.linear.bias")
     last = {name: weights[name].unflatten(0, (patch**2, -1, channels)) for name in names}
@@ -600,7 +613,7 @@ def take_prediction(weights, patch, channels, four_channels):
 
 
 def reverse_time(weights):
-    """Turn SiT's weights, for which t = 1 is data, into ours: v(x, t) = - v_SiT(x, 1 - t).
+    """Turns SiT's weights, for which t = 1 is data, into ours: v(x, t) = - v_SiT(x, 1 - t).
 
     The last layer changes its sign. The time MLP absorbs t -> 1 - t, which rotates every pair
     cos(t f), sin(t f) of its inputs by the angle f.
@@ -615,20 +628,19 @@ def reverse_time(weights):
 
 # ---- the run folder of a training script
 
-# flags that may differ when a run is resumed, because the result does not depend on them ...
-FREE_FLAGS = {
-    *("data", "out", "digits", "steps", "micro_batch", "compile", "workers"),
-    *("log_every", "sample_every", "save_every", "keep_every"),
-}
-# ... or because a run that lost its finite gradients can only go on with other ones
+# Flags that may change when a run is resumed. Places, and how often something is written:
+FREE_FLAGS = {"data", "out", "digits", "log_every", "sample_every", "save_every", "keep_every"}
+# What decides how the work is done. L_div of DiverseDiT sees one micro-batch at a time.
+FREE_FLAGS |= {"steps", "workers", "compile", "micro_batch"}
+# What rescues a run that has lost its finite gradients. These changes are announced.
 RESCUE_FLAGS = {"lr", "clip", "precision"}
 
 
 def read_run(args, data, script):
-    """The checkpoint of the run in folder args.out, or None. It prints what changed since.
+    """Returns the checkpoint of the run in folder args.out, or None, and prints what changed since.
 
     data: meta.json of the cache; script: path of the training script, whose text may have changed.
-    UserError if the folder holds another run or other files.
+    Raises UserError if the folder holds another run or other files.
     """
     folder = Path(args.out)
     if folder.is_file():
@@ -657,7 +669,7 @@ def read_run(args, data, script):
 
 
 def restore(checkpoint, objective, ema, optimizer):
-    """Copy a checkpoint into the objective (model and heads), the average and the optimiser."""
+    """Copies a checkpoint into the objective (model and heads), the average and the optimiser."""
     weights = {f"model.{name}": value for name, value in checkpoint["model"].items()}
     with explaining("last.pt does not fit this run", "choose another --out"):
         objective.load_state_dict(weights | checkpoint["heads"])
@@ -668,8 +680,8 @@ def restore(checkpoint, objective, ema, optimizer):
             moments[name] = value.clone()  # on the CPU they were still parts of the mapped file
 
 
-def save_run(args, config, features, objective, ema, optimizer, script, step):
-    """Write last.pt, the whole state of a run; every --keep-every steps also a snapshot."""
+def save_run(args, config, cache, objective, ema, optimizer, script, step):
+    """Writes last.pt, the whole state of a run, and every --keep-every steps also a snapshot."""
     heads = objective.state_dict()
     for key in list(heads):
         if key.startswith("model."):  # the model is saved on its own
@@ -678,8 +690,8 @@ def save_run(args, config, features, objective, ema, optimizer, script, step):
         "step": step,
         "args": vars(args),
         "config": config,
-        "data": features.meta,
-        "control": features.control_table,
+        "data": cache.meta,
+        "control": cache.control_table,
         "code": file_hash(script),
         "model": objective.model.state_dict(),
         "ema": ema.state_dict(),
@@ -692,26 +704,26 @@ def save_run(args, config, features, objective, ema, optimizer, script, step):
 
 
 def due(args, step):
-    """What is to be done after this step: a set of "row", "checkpoint" and "preview"."""
-    todo = set()
+    """Returns whether a row of the log, a checkpoint and a preview are due after this step.
+
+    There is a preview at the end, and also at 1/16, 1/8, 1/4 and 1/2 of the first interval. A
+    preview comes with a checkpoint, and a checkpoint with a row.
+    """
+    preview = False
     if args.sample_every:
-        # also at 1/16, 1/8, 1/4 and 1/2 of the first interval, and at the end
         early = [args.sample_every // n for n in (16, 8, 4, 2)]
-        if step in early or step % args.sample_every == 0 or step == args.steps:
-            todo.add("preview")
-    multiple = step % args.save_every == 0 or step % args.keep_every == 0
-    if todo or multiple or step == args.steps:
-        todo.add("checkpoint")
-    if todo or step % args.log_every == 0:
-        todo.add("row")
-    return todo
+        preview = step in early or step % args.sample_every == 0 or step == args.steps
+    every = step % args.save_every == 0 or step % args.keep_every == 0
+    save = preview or every or step == args.steps
+    log = save or step % args.log_every == 0
+    return log, save, preview
 
 
 LOCKS = []  # open files: a folder stays locked as long as this process lives
 
 
 def lock_folder(folder):
-    """Create a folder and lock it until this process ends. UserError if another one holds it."""
+    """Makes a folder and locks it until this process ends. Raises UserError if another one has."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "w")
     LOCKS.append(file)
@@ -726,7 +738,7 @@ def lock_folder(folder):
 
 
 def start_run(args, step, world, model):
-    """Lock the run folder, note this start in run.json, cut the log after `step`, say so."""
+    """Locks the run folder, notes this start in run.json, and cuts the log after `step`."""
     out = Path(args.out)
     log = out / "log.jsonl"
     lock_folder(out)
@@ -776,7 +788,7 @@ def start_run(args, step, world, model):
 
 
 class TrainingLog:
-    """log.jsonl and the progress bar. A row holds means over the steps since the row before it.
+    """Writes log.jsonl and shows the bar. A row holds means over the steps since the row before it.
 
     The sums stay on the device, so that no step makes the host wait for the GPU. A step whose
     gradient was not finite was skipped by the optimiser and does not count. `failure` is the
@@ -795,16 +807,12 @@ class TrainingLog:
         self.failure = None
         disable = None if rank == 0 else True  # None: only where there is a terminal
         self.bar = tqdm(total=args.steps, initial=step, unit="step", disable=disable)
-        self.restart(step)
-
-    def restart(self, step):
-        """The next row starts here, after whatever a row, a checkpoint or a preview took."""
         self.sums = 0
         self.since = step
-        self.clock = time.perf_counter()
+        self.clock = None
 
     def add(self, names, losses, grad_norm):
-        """Note one step: the names and values of its losses [n], and the norm of its gradient."""
+        """Notes one step: the names and values of its losses [n], and the norm of its gradient."""
         self.names = [*names, "grad_norm"]
         finite = grad_norm.isfinite()
         self.last = torch.stack([*losses, grad_norm])
@@ -814,22 +822,29 @@ class TrainingLog:
         self.bar.update()
 
     def row(self, step, lr):
-        """The row of this step; all processes must ask. A value that was never finite is None.
+        """Ends the interval and returns its row; all processes must ask.
 
-        UserError after 100 steps in a row without a finite gradient, or if there was none at all.
+        A value that was never finite is None. Raises UserError after 100 steps in a row without a
+        finite gradient, or if there was none at all.
         """
         if self.bad_in_a_row >= min(100, step):
             self.bar.close()
             raise UserError(f"step {step}: {self.explain_bad()}")
         if dist.is_initialized():
             dist.all_reduce(self.sums)
-        *sums, count = self.sums.tolist()  # count: finite steps, over all processes
+        sums = dict(zip([*self.names, "count"], self.sums.tolist(), strict=True))
+        count = sums.pop("count")  # of finite steps, over all processes
+        means = dict.fromkeys(sums)
+        if count:
+            means = {name: total / count for name, total in sums.items()}
         steps = step - self.since
         rate = steps * self.global_batch / (time.perf_counter() - self.clock)
-        means = [total / count if count else None for total in sums]
+        self.sums = 0
+        self.since = step
+        self.clock = None  # what follows, a checkpoint or a preview, does not count
         return {
             "step": step,
-            **dict(zip(self.names, means, strict=True)),
+            **means,
             "skipped": steps - round(count / self.world),
             "lr": lr,
             "img_per_s": rate,
@@ -838,7 +853,7 @@ class TrainingLog:
         }
 
     def write(self, row):
-        """Append the row to log.jsonl, and show its denoising loss beside the bar."""
+        """Appends the row to log.jsonl, and shows its denoising loss beside the bar."""
         if self.rank > 0:
             return
         try:
@@ -868,13 +883,13 @@ class TrainingLog:
         )
 
     def finish(self, step):
-        """Say how the run ended: raises `failure`, or a UserError if the run is not complete."""
+        """Says how the run ended. Raises `failure`, or UserError if the run is not complete."""
         self.bar.close()
         if self.failure:
             raise self.failure
         if step < self.steps:
             if self.rank > 0:
-                sys.exit(1)  # the first process speaks
+                sys.exit(1)  # only the first process prints the message
             raise UserError(f"interrupted at step {step}; run the same command again to go on")
         if self.bad_in_a_row:
             raise UserError(f"at the last step, {step}: {self.explain_bad()}")

@@ -306,25 +306,25 @@ def save_grid(images, path, columns, gap=4):
     files.replace_file(path, lambda file: picture.save(file, "PNG"))
 
 
-def preview(model, features, autoencoder, path, seed=0, **options):
-    """The picture of a training script: four rows of images, a class per column, at most ten.
+def preview(model, cache, autoencoder, path, seed=0, precision="fp32", **options):
+    """Draws the picture of a training script: four rows of images, a class per column, at most ten.
 
-    features: the CachedFeatures of the run. options: those of `generate`, such as sampler, steps
-    and scale. There is no picture if images are not finite.
+    cache: the CachedFeatures of the run. options: those of `generate`, such as sampler, steps and
+    scale. There is no picture if images are not finite.
     """
-    classes = np.unique(features.labels)  # those with images
+    classes = np.unique(cache.labels)  # those with images
     columns = 10
     if 1 < len(classes) < 10:
         columns = len(classes)
     spread = np.linspace(0, len(classes) - 1, columns).astype(int)
     indices = range(4 * columns)
     y = choose_labels(classes[spread].tolist(), indices, None, seed)
-    control = choose_control("empirical", features.control_table, y, indices, seed)
+    control = choose_control("empirical", cache.control_table, y, indices, seed)
     device = next(model.parameters()).device
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         latents = generate(model, indices, y, seed=seed, control=control, **options)
     try:
-        images = decode(latents, autoencoder, features.meta)
+        images = decode(latents, autoencoder, cache.meta)
     except UserError as error:  # the run goes on without its picture
         print(f"{path}: {error}", file=sys.stderr)
         return

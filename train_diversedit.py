@@ -2,18 +2,18 @@
 
     x_t = (1 - t) x + t eps,   t ~ U[0, 1)                      t = 0 is data, t = 1 is noise
     L     = |v(x_t, t, y) - (eps - x)|^2  +  w(L_div) L_div  (+ lambda L_repa)
-    L_div = (L_orth + L_MI + L_disp) / 3                        for tokens f_b of m random blocks
-    L_orth = mean over pairs a < b of cos(mean f_a, mean f_b)   their mean directions differ ...
-    L_MI   = mean over pairs of |mean cos(f_a, f_b)|            ... and their tokens, one by one
-    L_disp = - clip(var(a / max a) / 0.25, 0, 1)                channels c are used unevenly, where
-    a_c    = mean over b of  mean |f_bc| / ||f_bc||_2           (mean and norm over N and T)
+    L_div = (L_orth + L_MI + L_disp) / 3                        of the tokens f_b of m random blocks
+    L_orth = mean over pairs i < j of cos(<f_i>, <f_j>)         low if block means point apart
+    L_MI   = mean over pairs i < j of |<cos(f_i, f_j)>|         low if tokens at one place differ
+    L_disp = - clip(var(u / max u) / 0.25, 0, 1)                low if channels are used unevenly
+    u_c    = mean over b of <|f_bc|> / ||f_bc||_2               the use of channel c
     w(L)   = 0 if L <= 0.1; (L - 0.1) / 0.5 if L <= 0.5; else 1     --div-gate
 
-    x    latent, drawn from the posterior at each step          m       --div-blocks
+    x    latent, drawn anew from the VAE's posterior            m       --div-blocks
     eps  noise                                                  lambda  --repa-weight, 0 by default
     v    `model`, a DiverseDiT from dit.py                      L_repa  see train_repa.py
-    y    class label, dropped with probability 0.1
-    L_MI has the paper's name: it stands in for the mutual information of two blocks.
+    y    class label, dropped with probability 0.1              < >     mean over images and tokens
+    The norm || ||_2 is over images and tokens, too. L_MI stands in for the mutual information.
 
 Commands
     python train_diversedit.py --digits                     minutes on a laptop
@@ -21,12 +21,13 @@ Commands
     torchrun --nproc_per_node=8 train_diversedit.py --repa-weight 0.5       with REPA
     python train_diversedit.py --micro-batch 32             on one GPU
     Ablations (tables 6 to 8):
-    --no-long-residuals     the loss alone                  --div-blocks 5          fewer blocks
+    --no-long-residuals     L_div on a plain DiT            --div-blocks 5          fewer blocks
     --div-terms orth        one term, or none               --div-gate 0.2 0.7      another band
-    --div-gate -2 -1        a band below every loss, so that w = 1
+    --div-gate -2 -1        a band below every loss, so that w = 1; L_disp alone needs it, because
+                            it is never above 0
 
-To resume, run the same command again. The lines of the method stand between `# >>> diversedit` and
-`# <<< diversedit`. Everything else is the same text in every train_*.py: a diff of two shows the
+To resume, run the same command again. The code of the method stands between `# >>> diversedit` and
+`# <<< diversedit`. All other code is identical in every train_*.py, so a diff of two shows the
 methods.
 
 Shapes in the right margin: N batch, C, H, W of the latents, T tokens, D width, L blocks.
@@ -51,7 +52,7 @@ from extract_features import CachedFeatures, extract_digits, load_autoencoder
 from files import UserError, number
 
 # >>> diversedit
-from train_repa import Alignment  # REPA + DiverseDiT: tables 1 and 6 of the paper
+from train_repa import Alignment, mean_tokens  # REPA + DiverseDiT: tables 1 and 6 of the paper
 # <<< diversedit
 
 NAME = Path(__file__).stem.removeprefix("train_")
@@ -149,11 +150,12 @@ def parse_args(argv=None):
     add("--div-terms", nargs="*", choices=TERMS, default=[*TERMS],
         help="terms of L_div; without a name, L_div is not used")
     add("--no-long-residuals", action="store_true",
-        help="train a plain DiT, with the loss alone")
+        help="train a plain DiT with L_div")
     add("--repa-weight", type=number(float, 0), default=0.0,
         help="lambda of REPA; 0 reads no targets")
     add("--repa-depth", type=number(int, 1),
-        help="block that REPA aligns, from 1 (default: 8 for L and XL, 5 for S and B, 2 for nano)")
+        help="block that REPA aligns, counted from 1 (default: 8 for L and XL, 5 for S and B, 2 for"
+             " nano)")
     # <<< diversedit
     if parser.parse_known_args(argv)[0].digits:  # a first pass, to see this one flag
         parser.set_defaults(**digits)
@@ -162,27 +164,28 @@ def parse_args(argv=None):
 
 # >>> diversedit
 def diversity_loss(blocks, terms=TERMS):
-    """L_div, the mean of `terms`, and a dict of all three, for the tokens of blocks [m, N, T, D].
+    """L_div (arXiv 2603.04239, section 3) of the tokens of m >= 2 blocks: [m, N, T, D].
 
-    L_orth in [-1, 1], L_MI in [0, 1], L_disp in [-1, 0] (arXiv 2603.04239, section 3); m >= 2.
-    paper: L_MI is a signed mean / official code, here: the absolute value of each pair's mean.
-    paper: L_disp without absolute values and scale / official code, here: |.| / max |.| / 0.25,
-    clipped. official code: ten fixed pairs, and L_disp of all blocks / paper, here: the chosen
-    blocks and all their pairs.
+    Returns the mean of the `terms`, and a dict of all three: L_orth in [-1, 1], L_MI in [0, 1],
+    L_disp in [-1, 0].
+    L_MI / paper: a signed mean / official code, here: the absolute value of each pair's mean.
+    L_disp / paper: no absolute values, no scale / official code, here: |.|, / max u / 0.25, clip.
+    Blocks / official code: ten fixed pairs, L_disp of all / paper, here: all pairs of the m drawn.
     """
     with torch.autocast(blocks.device.type, enabled=False):
         f = blocks.float().flatten(1, 2)                             # (m, N T, D)
-        i, j = torch.triu_indices(len(f), len(f), 1, device=f.device)  # all pairs i < j
+        i, j = torch.triu_indices(len(f), len(f), offset=1, device=f.device)  # all pairs i < j
 
         means = F.normalize(f.mean(1), dim=-1, eps=1e-8)             # (m, D)
         loss_orth = (means @ means.T)[i, j].mean()
 
         unit = F.normalize(f, dim=-1, eps=1e-8).transpose(0, 1)      # (N T, m, D)
-        cosines = (unit @ unit.mT).mean(0)                           # (m, m), mean over tokens
+        cosines = (unit @ unit.mT).mean(0)                           # (m, m)
         loss_mi = cosines[i, j].abs().mean()
 
-        a = (f.abs().mean(1) / f.norm(dim=1).clamp(min=1e-8)).mean(0)  # (D,)
-        variance = (a / (a.max() + 1e-8)).var(correction=0)
+        use = f.abs().mean(1) / f.norm(dim=1).clamp(min=1e-8)        # (m, D)
+        u = use.mean(0)                                              # (D,)
+        variance = (u / (u.max() + 1e-8)).var(correction=0)
         loss_disp = -(variance / 0.25).clamp(0, 1)
     values = {"orth": loss_orth, "mi": loss_mi, "disp": loss_disp}
     return torch.stack([values[term] for term in terms]).mean(), values
@@ -192,17 +195,18 @@ def gate(loss, low=0.1, high=0.5):
     """w(L): 0 up to `low`, (L - low) / 0.5 up to `high`, then 1.
 
     The gradient also flows through w: (w L)' = (2 L - low) / 0.5.
-    paper, official code: the denominator is 0.5, not high - low, so that w jumps from 0.8 to 1 at
-    L = 0.5; it is given for [0.1, 0.5] alone / here: 0.5 for every band.
+    paper, official code: the denominator is 0.5 and not high - low, so that w jumps from 0.8 to 1
+    at L = 0.5; they give it for [0.1, 0.5] only / here: 0.5 for every band.
     """
-    ramp = (loss - low) / 0.5
-    return torch.where(loss <= low, 0.0, torch.where(loss <= high, ramp, 1.0))
+    w = (loss - low) / 0.5
+    w = torch.where(loss <= low, 0.0, w)
+    return torch.where(loss <= high, w, 1.0)
 
 
 def mean_over_ranks(loss):
-    """The mean over all processes, with the gradient of this process's own part.
+    """Returns the mean of the loss over all processes, with the gradient of this process's loss.
 
-    All of them then take the same branch of the gate.
+    All processes must see the same value, because the gate is a branch on it.
     """
     if not dist.is_initialized():
         return loss
@@ -212,76 +216,84 @@ def mean_over_ranks(loss):
 
 
 def choose_blocks(seed, step, blocks, m):
-    """m of the block numbers 1 .. `blocks`, the same in every process."""
+    """Returns m of the block numbers 1 .. `blocks`, the same in every process."""
     rng = np.random.default_rng([seed, step, 1])  # a stream of its own, apart from step_generator
     return (rng.choice(blocks, m, replace=False) + 1).tolist()
 
 
 class Objective(nn.Module):
-    """Model, training-only heads and loss in one module: DDP sees all parameters in one forward."""
+    """Holds the model, the training-only heads and the loss: DDP wraps them as one module."""
 
     def __init__(self, model, args, meta):
         super().__init__()
         self.model = model
         self.terms = args.div_terms
-        self.band = args.div_gate
-        self.m = args.div_blocks or min(10, len(model.blocks))
-        if self.m > len(model.blocks):
-            raise UserError(f"--div-blocks {self.m}: the model has {len(model.blocks)} blocks")
-        if self.band[0] >= self.band[1]:
-            low, high = self.band
+        self.gate_range = args.div_gate
+        self.num_chosen = args.div_blocks or min(10, len(model.blocks))
+        low, high = self.gate_range
+        if self.num_chosen > len(model.blocks):
+            found = f"the model has {len(model.blocks)} blocks"
+            raise UserError(f"--div-blocks {self.num_chosen}: {found}")
+        if low >= high:
             raise UserError(f"--div-gate {low} {high}: the first number must be the smaller one")
+        if self.terms == ["disp"] and low >= 0:
+            raise UserError("--div-terms disp: never opens this gate; add --div-gate -2 -1")
         self.repa_weight = args.repa_weight
         self.alignment = None
         if self.repa_weight > 0:
             size = args.model.split("/")[0]
-            default = {"nano": 2, "S": 5, "B": 5}.get(size, 8)  # REPA's own: 4 for S and B
+            default = {"nano": 2, "S": 5, "B": 5, "L": 8, "XL": 8}[size]  # REPA itself: 4 for S, B
             self.repa_depth = args.repa_depth or default
             self.alignment = Alignment(model, self.repa_depth, meta)
 
     def forward(self, x, y, t, eps, drop, chosen, targets=None, control=None):
-        """A dict of scalar tensors: `loss` is minimised, the others are logged.
+        """Returns a dict of scalar tensors: `loss` is minimised, and all are logged.
 
-        x, eps [N, C, H, W]; y [N]; t [N] uniform in [0, 1): a fork changes its distribution here;
-        drop [N], labels to drop; chosen, the block numbers of L_div; targets [N, T, sum of E];
-        control [N, 7], see dit.ControlEmbedder.
+        x, eps [N, C, H, W]; y [N]; t [N], uniform in [0, 1); drop [N], true where the label is
+        dropped; chosen, the block numbers of L_div; targets [N, T, sum of E]; control [N, 7], see
+        dit.ControlEmbedder. To train with another distribution of times, transform t here.
         """
-        t = dit.shift_time(t, self.model.time_shift)                 # identity without --time-shift
-        t_ = t.view(-1, 1, 1, 1)
-        x_t = (1 - t_) * x + t_ * eps                                # (N, C, H, W)
-        # the tokens of all blocks: they cost no memory, because the backward pass needs them anyway
+        t = dit.shift_time(t, self.model.time_shift)  # changes nothing without --time-shift
+        t_image = t.view(-1, 1, 1, 1)
+        x_t = (1 - t_image) * x + t_image * eps                      # (N, C, H, W)
+        # asking for the tokens of all blocks costs no memory: the backward pass needs them anyway
         blocks = range(1, len(self.model.blocks) + 1)
         v, tokens = self.model(x_t, t, y, drop=drop, control=control, return_blocks=blocks)
-        loss = loss_fm = F.mse_loss(v.float(), eps - x)
+        loss_fm = F.mse_loss(v.float(), eps - x)
+        loss = loss_fm
         losses = {"loss_fm": loss_fm}
         if self.terms:
             f = torch.stack([tokens[b - 1] for b in chosen])         # (m, N, T, D)
             loss_div, values = diversity_loss(f, self.terms)
             loss_div = mean_over_ranks(loss_div)
-            w = gate(loss_div, *self.band)
+            w = gate(loss_div, *self.gate_range)
             loss = loss + w * loss_div
             for term, value in values.items():
                 losses[f"loss_{term}"] = value
             losses["loss_div"] = loss_div
             losses["div_weight"] = w
             losses["div_closed"] = (w == 0).float()
-        if self.alignment:
+        if self.alignment is not None:
             losses["loss_repa"] = self.alignment(tokens[self.repa_depth - 1], targets)
             loss = loss + self.repa_weight * losses["loss_repa"]
         rms = [f.detach().norm() / f.numel() ** 0.5 for f in tokens]
-        losses["block_rms"] = torch.stack(rms).max()
+        losses["block_rms"] = torch.stack(rms).max()  # grows if the residual stream does
         return {"loss": loss, **losses}
 
     def flops(self, config):
-        """FLOPs of a training step, per image: the backward pass costs twice the forward pass."""
+        """Returns the FLOPs of a training step per image: a backward pass costs two forward ones."""
         forward = dit.forward_flops(config)
-        if self.alignment:
+        if self.alignment is not None:
             forward += self.alignment.flops(self.model.grid**2)
         return 3 * forward
 
 
 def cka(features):
-    """Linear CKA of all pairs of blocks, unbiased HSIC (arXiv 1905.00414): [L, n, D] -> [L, L]."""
+    """Returns the linear CKA of all pairs of blocks (arXiv 1905.00414): [L, n, D] -> [L, L].
+
+    HSIC is the unbiased one: for Gram matrices K, M with zero diagonals, up to a factor,
+    tr(K M) + (1 K 1) (1 M 1) / ((n - 1) (n - 2)) - 2 (1 K M 1) / (n - 2).
+    """
     n = features.shape[1]
     gram = features.double() @ features.double().mT                  # (L, n, n)
     gram = gram - torch.diag_embed(gram.diagonal(dim1=1, dim2=2))
@@ -293,30 +305,20 @@ def cka(features):
     return hsic / torch.outer(scale, scale)
 
 
-@torch.no_grad()
-def report_cka(model, features, path, images=1024):
-    """Write the CKA of the blocks' mean tokens, a matrix [L, L] for each of five t, as an .npz.
+def report_cka(model, cache, path, device):
+    """Writes the CKA of the blocks' mean tokens on 1,024 fixed images: an .npz, [L, L] by time t.
 
-    Returns the means of their off-diagonal entries by t.
+    Returns {"cka_off_diagonal": {t: mean of the other entries}}; empty for fewer than four images.
     """
-    device = next(model.parameters()).device
-    blocks = range(1, len(model.blocks) + 1)
-    batch = features.fixed_batch(images, device)
-    x = features.latents(batch["moments"])
-    eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    if len(cache.labels) < 4:  # the unbiased HSIC needs as many
+        return {}
+    batch = cache.fixed_batch(1024, device)
     matrices = {}
     for t in (0.05, 0.25, 0.5, 0.75, 0.95):
-        x_t = (1 - t) * x + t * eps
-        means = []
-        for i in torch.arange(len(x), device=device).split(128):
-            control = batch["control"][i] if "control" in batch else None
-            times = torch.full((len(i),), t, device=device)
-            _, tokens = model(x_t[i], times, batch["y"][i], control=control, return_blocks=blocks)
-            means.append(torch.stack([f.mean(1) for f in tokens]))   # (L, 128, D)
-        matrices[str(t)] = cka(torch.cat(means, dim=1)).cpu().numpy()  # (L, L)
+        matrices[str(t)] = cka(mean_tokens(model, cache, batch, t)).cpu().numpy()
     files.replace_file(path, lambda file: np.savez(file, **matrices))
-    others = ~np.eye(len(blocks), dtype=bool)
-    return {t: matrix[others].mean() for t, matrix in matrices.items()}
+    others = ~np.eye(len(model.blocks), dtype=bool)
+    return {"cka_off_diagonal": {t: matrix[others].mean() for t, matrix in matrices.items()}}
 # <<< diversedit
 
 
@@ -389,27 +391,27 @@ def prepare(args, world):
     arch = {"arch": "DiT" if args.no_long_residuals else "DiverseDiT"}
     read_targets = args.repa_weight > 0
     # <<< diversedit
-    features = CachedFeatures(args.data, targets=read_targets, control=args.control != "none")
+    cache = CachedFeatures(args.data, targets=read_targets, control=args.control != "none")
     pieces = world * (args.micro_batch or 1)  # every process gets whole micro-batches
     if args.batch_size % pieces:
         factors = "processes x micro-batch"
         raise UserError(f"--batch-size {args.batch_size}: not a multiple of {pieces} ({factors})")
-    if args.batch_size > len(features.labels):
-        found = f"{args.data} has {len(features.labels)} images"
+    if args.batch_size > len(cache.labels):
+        found = f"{args.data} has {len(cache.labels)} images"
         raise UserError(f"--batch-size {args.batch_size}: {found}")
 
     sizes = dit.parse_model(args.model)
     config = {
         **arch,
         **sizes,
-        **features.model_options(sizes["patch_size"]),
+        **cache.model_options(sizes["patch_size"]),
         "qk_norm": args.qk_norm,
         "class_tokens": args.class_tokens,
         "control": args.control,
         "control_alpha": args.control_alpha,
     }
     init = None
-    checkpoint = files.read_run(args, features.meta, __file__)
+    checkpoint = files.read_run(args, cache.meta, __file__)
     if checkpoint:
         config = checkpoint["config"]  # a resumed run keeps its architecture
     elif args.init:
@@ -420,18 +422,18 @@ def prepare(args, world):
     if args.time_shift is not None:
         config["time_shift"] = args.time_shift
     files.check_memory(config, args.micro_batch or args.batch_size // world, args.precision)
-    return features, config, checkpoint, init
+    return cache, config, checkpoint, init
 
 
-def build(args, features, config, init, device):
+def build(args, cache, config, init, device):
     """Builds the objective (model, heads and loss), the averaged model and the optimiser."""
     torch.manual_seed(args.seed)
     model = dit.build(config)
     if init:
-        same_classes = init["data"]["classes"] == features.meta["classes"]
+        same_classes = init["data"]["classes"] == cache.meta["classes"]
         line = dit.inherit_weights(model, init["ema"], same_classes)
         print(f"--init {args.init}: {line}; time shift {model.time_shift:g}")
-    objective = Objective(model, args, features.meta).to(device)
+    objective = Objective(model, args, cache.meta).to(device)
     ema = deepcopy(model).eval()
     parameters = [p for p in objective.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -445,8 +447,8 @@ def train(args):
     rank, world, device = files.launch(hours=1)
     if args.digits and args.data == "features/digits":
         extract_digits(args.data, rank, world, device)
-    features, config, checkpoint, init = prepare(args, world)
-    objective, ema, optimizer = build(args, features, config, init, device)
+    cache, config, checkpoint, init = prepare(args, world)
+    objective, ema, optimizer = build(args, cache, config, init, device)
     model = objective.model
     parameters = optimizer.param_groups[0]["params"]
     out = Path(args.out)
@@ -459,7 +461,7 @@ def train(args):
     if args.compile:
         files.compile_blocks(objective)
     if rank == 0:
-        vae = load_autoencoder(features.meta["vae"], device) if args.sample_every else None
+        vae = load_autoencoder(cache.meta["vae"], device) if args.sample_every else None
         files.start_run(args, step, world, model)
     ddp_objective = objective
     if world > 1:
@@ -473,12 +475,13 @@ def train(args):
     micro_batch = args.micro_batch or local_batch
     accumulation = local_batch // micro_batch
     mine = slice(rank * local_batch, (rank + 1) * local_batch)
-    dataset_size = len(features.labels)
-    order = data_order(dataset_size, features.views, global_batch, mine, args.seed, step)
+    dataset_size = len(cache.labels)
+    order = data_order(dataset_size, cache.views, global_batch, mine, args.seed, step)
 
     log = files.TrainingLog(args, step, rank, world, objective.flops(config))
-    save = partial(files.save_run, args, config, features, objective, ema, optimizer, __file__)
-    batches = files.until_stopped(features.loader(order, args.workers, device), log)
+    save = partial(files.save_run, args, config, cache, objective, ema, optimizer, __file__)
+    batches = files.until_stopped(cache.loader(order, args.workers, device), log)
+    save_now = True  # there is nothing new to save yet
 
     while step < args.steps:
         # 1. data and noise
@@ -486,7 +489,7 @@ def train(args):
         if batch is None:  # a process got a signal, or its data failed
             break
         batch |= draw_noise(args, model, mine, step, device)
-        batch["x"] = features.latents(batch.pop("moments"), batch.pop("vae_noise"))
+        batch["x"] = cache.latents(batch.pop("moments"), batch.pop("vae_noise"))
         if args.control != "none":
             batch["control"] *= batch.pop("keep_control")  # a row of zeros means no control
 
@@ -495,7 +498,7 @@ def train(args):
         for start in range(0, local_batch, micro_batch):
             part = {name: value[start : start + micro_batch] for name, value in batch.items()}
             # >>> diversedit
-            part["chosen"] = choose_blocks(args.seed, step, len(model.blocks), objective.m)
+            part["chosen"] = choose_blocks(args.seed, step, len(model.blocks), objective.num_chosen)
             # <<< diversedit
             # only in the last micro-batch does DDP average the gradients over the processes
             last = start + micro_batch == local_batch
@@ -521,25 +524,23 @@ def train(args):
 
         # 4. log
         log.add(list(losses), step_losses, grad_norm)
-        due = files.due(args, step)
-        if "row" in due:
+        log_now, save_now, preview_now = files.due(args, step)
+        if log_now:
             row = log.row(step, args.lr * warmup)
             # >>> diversedit
-            if "preview" in due and rank == 0 and len(features.labels) > 3:  # what CKA needs
-                path = out / f"cka-{step:07d}.npz"
-                row["cka_off_diagonal"] = report_cka(ema, features, path)
+            if preview_now and rank == 0:
+                row |= report_cka(ema, cache, out / f"cka-{step:07d}.npz", device)
             # <<< diversedit
             log.write(row)
 
         # 5. save and preview
-        if "checkpoint" in due and rank == 0:
+        if save_now and rank == 0:
             save(step)
-        if "preview" in due and rank == 0:
-            sample.preview(ema, features, vae, out / f"samples-{step:07d}.png", args.seed)
-        if "row" in due:
-            log.restart(step)  # so that img_per_s does not count what a row or a preview took
+        if preview_now and rank == 0:
+            path = out / f"samples-{step:07d}.png"
+            sample.preview(ema, cache, vae, path, args.seed, args.precision)
 
-    if rank == 0 and "checkpoint" not in files.due(args, step):
+    if rank == 0 and not save_now:
         save(step)
     if world > 1:
         dist.destroy_process_group()

@@ -4,18 +4,18 @@
     L   = |v(x_t, t, y) - (eps - x)|^2  +  lambda L_repa    mean over batch, channels and pixels
     L_repa = - mean cos(h(tokens of block d), z)            mean over encoders, batch and tokens
 
-    x    latent, drawn from the posterior at each step      z       `targets`, the encoder's tokens
+    x    latent, drawn anew from the VAE's posterior        z       `targets`, the encoder's tokens
     eps  noise                                              h       `projectors`, an MLP per encoder
     v    `model`, a DiT from dit.py                         d       --repa-depth, counted from 1
-    y    class label, dropped with probability 0.1          lambda  --repa-weight; 0: plain SiT
+    y    class label, dropped with probability 0.1          lambda  --repa-weight (0: a plain SiT)
 
 Commands
     python train_repa.py --digits                           two minutes on a laptop
     torchrun --nproc_per_node=8 train_repa.py               the paper's run: XL/2, ImageNet 256 px
-    python train_repa.py --micro-batch 32                   the same mathematics on one GPU
-
-To resume, run the same command again. The lines of the method stand between `# >>> repa` and
-`# <<< repa`. Everything else is the same text in every train_*.py: a diff of two shows the methods.
+    python train_repa.py --micro-batch 32                   the same run on one GPU: gradients of
+                                                            eight micro-batches are accumulated
+To resume, run the same command again. The code of the method stands between `# >>> repa` and
+`# <<< repa`. All other code is identical in every train_*.py, so a diff of two shows the methods.
 
 Shapes in the right margin: N batch, C, H, W of the latents, T tokens, D width, E encoder width.
 """
@@ -147,7 +147,7 @@ def repa_loss(projected, targets):
 
 
 def projector(width, target_width, hidden):
-    """The MLP h maps hidden tokens to encoder tokens: three linear layers with SiLU between them."""
+    """The MLP h maps hidden tokens to encoder tokens: three linear layers, SiLU between them."""
     h = nn.Sequential(
         nn.Linear(width, hidden),
         nn.SiLU(),
@@ -165,7 +165,8 @@ def projector(width, target_width, hidden):
 class Alignment(nn.Module):
     """Holds the projectors h and computes L_repa for the tokens of block `depth`.
 
-    Raises UserError if the model has no such block.
+    meta: meta.json of the cache, which knows the width of each encoder. Raises UserError if the
+    model has no such block.
     """
 
     def __init__(self, model, depth, meta):
@@ -191,7 +192,7 @@ class Alignment(nn.Module):
 
 
 class Objective(nn.Module):
-    """Holds the model, the training-only heads and the loss, so that DDP wraps them as one module."""
+    """Holds the model, the training-only heads and the loss: DDP wraps them as one module."""
 
     def __init__(self, model, args, meta):
         super().__init__()
@@ -227,7 +228,7 @@ class Objective(nn.Module):
         return {"loss": loss, "loss_fm": loss_fm, "loss_repa": loss_repa}
 
     def flops(self, config):
-        """Returns the FLOPs of a training step per image: a backward pass costs two forward passes."""
+        """Returns the FLOPs of a training step per image: a backward pass costs two forward ones."""
         forward = dit.forward_flops(config)
         if self.alignment is not None:
             forward += self.alignment.flops(self.model.grid**2)
@@ -237,8 +238,8 @@ class Objective(nn.Module):
 def cknna(f, g, k=10):
     """Measures how well features f [n, D] and g [n, E] of n images agree (arXiv 2405.07987).
 
-    Returns the correlation of their centered kernels over the pairs (i, j) where j is among the k
-    nearest neighbours of i in both: a float, which is 1 for features that agree.
+    Each row of a kernel is centered. Returns the correlation of the two kernels over the pairs
+    (i, j) where j is among the k nearest neighbours of i in both: a float, 1 if they agree.
     """
 
     def local_kernel(features):
@@ -257,27 +258,38 @@ def cknna(f, g, k=10):
 
 
 @torch.no_grad()
-def report_cknna(model, features, images=256):
-    """Returns the CKNNA of each block's mean token with the mean target: {t: [value by block]}."""
-    device = next(model.parameters()).device
+def mean_tokens(model, cache, batch, t):
+    """Returns the mean token of every block, for the images of a batch at time t: [L, n, D]."""
+    x = cache.latents(batch["moments"])
+    eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    x_t = (1 - t) * x + t * eps
+    times = torch.full((len(x),), t).to(x)
     blocks = range(1, len(model.blocks) + 1)
-    batch = features.fixed_batch(images, device)
-    x = features.latents(batch["moments"])
-    eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    means = []
+    for rows in torch.arange(len(x), device=x.device).split(32):
+        y = batch["y"][rows]
+        control = batch["control"][rows] if "control" in batch else None
+        _, tokens = model(x_t[rows], times[rows], y, control=control, return_blocks=blocks)
+        means.append(torch.stack([block.mean(1) for block in tokens]))  # (L, 32, D)
+    return torch.cat(means, dim=1)
+
+
+def report_cknna(model, cache, device):
+    """Returns {"cknna": {t: [value by block]}} of mean tokens and mean targets of 256 fixed images.
+
+    The dict is empty without targets, for too few images, or for int8 targets, which have lost the
+    norms of the tokens.
+    """
+    float_targets = "targets" in cache.names and cache.meta["target_dtype"] == "float16"
+    if not float_targets or len(cache.labels) <= 10:  # the number of neighbours
+        return {}
+    batch = cache.fixed_batch(256, device)
     targets = batch["targets"].float().mean(1)                       # (n, E)
     report = {}
     for t in (0.25, 0.5):
-        x_t = (1 - t) * x + t * eps
-        means = []
-        for rows in torch.arange(len(x), device=device).split(32):
-            y = batch["y"][rows]
-            control = batch["control"][rows] if "control" in batch else None
-            times = torch.full((len(rows),), t, device=device)
-            _, tokens = model(x_t[rows], times, y, control=control, return_blocks=blocks)
-            means.append(torch.stack([block.mean(1) for block in tokens]))  # (blocks, 32, D)
-        means = torch.cat(means, dim=1)                              # (blocks, n, D)
-        report[str(t)] = [cknna(mean, targets) for mean in means]
-    return report
+        tokens = mean_tokens(model, cache, batch, t)
+        report[str(t)] = [cknna(block, targets) for block in tokens]
+    return {"cknna": report}
 # <<< repa
 
 
@@ -350,27 +362,27 @@ def prepare(args, world):
     arch = {"arch": "DiT"}
     read_targets = args.repa_weight > 0
     # <<< repa
-    features = CachedFeatures(args.data, targets=read_targets, control=args.control != "none")
+    cache = CachedFeatures(args.data, targets=read_targets, control=args.control != "none")
     pieces = world * (args.micro_batch or 1)  # every process gets whole micro-batches
     if args.batch_size % pieces:
         factors = "processes x micro-batch"
         raise UserError(f"--batch-size {args.batch_size}: not a multiple of {pieces} ({factors})")
-    if args.batch_size > len(features.labels):
-        found = f"{args.data} has {len(features.labels)} images"
+    if args.batch_size > len(cache.labels):
+        found = f"{args.data} has {len(cache.labels)} images"
         raise UserError(f"--batch-size {args.batch_size}: {found}")
 
     sizes = dit.parse_model(args.model)
     config = {
         **arch,
         **sizes,
-        **features.model_options(sizes["patch_size"]),
+        **cache.model_options(sizes["patch_size"]),
         "qk_norm": args.qk_norm,
         "class_tokens": args.class_tokens,
         "control": args.control,
         "control_alpha": args.control_alpha,
     }
     init = None
-    checkpoint = files.read_run(args, features.meta, __file__)
+    checkpoint = files.read_run(args, cache.meta, __file__)
     if checkpoint:
         config = checkpoint["config"]  # a resumed run keeps its architecture
     elif args.init:
@@ -381,18 +393,18 @@ def prepare(args, world):
     if args.time_shift is not None:
         config["time_shift"] = args.time_shift
     files.check_memory(config, args.micro_batch or args.batch_size // world, args.precision)
-    return features, config, checkpoint, init
+    return cache, config, checkpoint, init
 
 
-def build(args, features, config, init, device):
+def build(args, cache, config, init, device):
     """Builds the objective (model, heads and loss), the averaged model and the optimiser."""
     torch.manual_seed(args.seed)
     model = dit.build(config)
     if init:
-        same_classes = init["data"]["classes"] == features.meta["classes"]
+        same_classes = init["data"]["classes"] == cache.meta["classes"]
         line = dit.inherit_weights(model, init["ema"], same_classes)
         print(f"--init {args.init}: {line}; time shift {model.time_shift:g}")
-    objective = Objective(model, args, features.meta).to(device)
+    objective = Objective(model, args, cache.meta).to(device)
     ema = deepcopy(model).eval()
     parameters = [p for p in objective.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -406,8 +418,8 @@ def train(args):
     rank, world, device = files.launch(hours=1)
     if args.digits and args.data == "features/digits":
         extract_digits(args.data, rank, world, device)
-    features, config, checkpoint, init = prepare(args, world)
-    objective, ema, optimizer = build(args, features, config, init, device)
+    cache, config, checkpoint, init = prepare(args, world)
+    objective, ema, optimizer = build(args, cache, config, init, device)
     model = objective.model
     parameters = optimizer.param_groups[0]["params"]
     out = Path(args.out)
@@ -420,7 +432,7 @@ def train(args):
     if args.compile:
         files.compile_blocks(objective)
     if rank == 0:
-        vae = load_autoencoder(features.meta["vae"], device) if args.sample_every else None
+        vae = load_autoencoder(cache.meta["vae"], device) if args.sample_every else None
         files.start_run(args, step, world, model)
     ddp_objective = objective
     if world > 1:
@@ -434,12 +446,13 @@ def train(args):
     micro_batch = args.micro_batch or local_batch
     accumulation = local_batch // micro_batch
     mine = slice(rank * local_batch, (rank + 1) * local_batch)
-    dataset_size = len(features.labels)
-    order = data_order(dataset_size, features.views, global_batch, mine, args.seed, step)
+    dataset_size = len(cache.labels)
+    order = data_order(dataset_size, cache.views, global_batch, mine, args.seed, step)
 
     log = files.TrainingLog(args, step, rank, world, objective.flops(config))
-    save = partial(files.save_run, args, config, features, objective, ema, optimizer, __file__)
-    batches = files.until_stopped(features.loader(order, args.workers, device), log)
+    save = partial(files.save_run, args, config, cache, objective, ema, optimizer, __file__)
+    batches = files.until_stopped(cache.loader(order, args.workers, device), log)
+    save_now = True  # there is nothing new to save yet
 
     while step < args.steps:
         # 1. data and noise
@@ -447,7 +460,7 @@ def train(args):
         if batch is None:  # a process got a signal, or its data failed
             break
         batch |= draw_noise(args, model, mine, step, device)
-        batch["x"] = features.latents(batch.pop("moments"), batch.pop("vae_noise"))
+        batch["x"] = cache.latents(batch.pop("moments"), batch.pop("vae_noise"))
         if args.control != "none":
             batch["control"] *= batch.pop("keep_control")  # a row of zeros means no control
 
@@ -479,25 +492,23 @@ def train(args):
 
         # 4. log
         log.add(list(losses), step_losses, grad_norm)
-        due = files.due(args, step)
-        if "row" in due:
+        log_now, save_now, preview_now = files.due(args, step)
+        if log_now:
             row = log.row(step, args.lr * warmup)
             # >>> repa
-            enough = len(features.labels) > 10  # CKNNA needs more than its ten neighbours
-            if "preview" in due and rank == 0 and enough and "targets" in features.names:
-                row["cknna"] = report_cknna(ema, features)
+            if preview_now and rank == 0:
+                row |= report_cknna(ema, cache, device)
             # <<< repa
             log.write(row)
 
         # 5. save and preview
-        if "checkpoint" in due and rank == 0:
+        if save_now and rank == 0:
             save(step)
-        if "preview" in due and rank == 0:
-            sample.preview(ema, features, vae, out / f"samples-{step:07d}.png", args.seed)
-        if "row" in due:
-            log.restart(step)  # so that img_per_s does not count what a row or a preview took
+        if preview_now and rank == 0:
+            path = out / f"samples-{step:07d}.png"
+            sample.preview(ema, cache, vae, path, args.seed, args.precision)
 
-    if rank == 0 and "checkpoint" not in files.due(args, step):
+    if rank == 0 and not save_now:
         save(step)
     if world > 1:
         dist.destroy_process_group()

@@ -1,21 +1,23 @@
 """SD-DiT: a masked student, an EMA teacher and self-supervised discrimination (arXiv 2403.17004).
 
-    x_S = x + sigma z,  ln sigma ~ N(-1.2, 1.2^2)   student's view; 20 % of its patches are masked
-    x_T = x + 0.002 z                               teacher's view; nothing is masked
+    x_S = x + sigma eps,  ln sigma ~ N(-1.2, 1.2^2)     student's view: 20 % of patches are masked
+    x_T = x + 0.002 eps                                 teacher's view: nothing is masked
     L     = L_G + weight (L_cls + L_patch)
-    L_G   = |F(c_in x_S, c_noise, y) - F*|^2        F* = (sigma x / s - s z) / sqrt(sigma^2 + s^2)
-    L_cls, L_patch = - sum_k P_T log P_S            of the CLS token; mean over the visible patches
-    P_S = softmax(a_S / tau_s)                      a_S, a_T: cosines with K prototypes
-    P_T = softmax((a_T - C) / tau_t)
-    C <- 0.9 C + 0.1 mean a_T                       mean over all tokens and processes
+    L_G   = |F_theta(x_S) - F*|^2                       where F* is
+            F* = (sigma x / s - s eps) / sqrt(sigma^2 + s^2)
+    L_cls, L_patch = - sum_k P_T log P_S                of the CLS token; mean over visible patches
+    P_S = softmax(a_S / tau_s)                          a_S, a_T: cosines with K prototypes
+    P_T = softmax((a_T - c) / tau_t)
+    c <- 0.9 c + 0.1 mean a_T                           mean over all tokens and processes
     teacher <- m teacher + (1 - m) student
 
-    x    latent, drawn from the posterior each step  C      centres, one for CLS and one for patches
-    z    noise, `eps` in the code                    m      0.996 -> 0.999, half a cosine
-    F    `model`, an SDDiT from dit.py               tau_t  0.09 -> 0.099 over the first five epochs
-    y    class label, dropped with probability 0.1   weight --sd-weight; 0 trains without a teacher
-    L_G is EDM's weighted error of the denoiser D, written for F: the weight times c_out^2 is 1.
-    s = 0.5 is the standard deviation of the data.
+    x    latent, drawn anew from the VAE's posterior    c      centers, of CLS and of patches
+    eps  noise, the same in both views                  m      0.996 -> 0.999, half a cosine
+    y    label, dropped with probability 0.1            tau_t  0.09 -> 0.099 in five epochs
+    F_theta  `model`, an SDDiT from dit.py, which scales its input with EDM's c_in and c_noise
+    s    0.5, EDM's sigma_data                          weight --sd-weight (0: no teacher)
+    L_G is EDM's loss: lambda(sigma) |D - x|^2 = lambda c_out^2 |F_theta - F*|^2, and its weight
+    makes lambda c_out^2 = 1.
 
 Commands
     python train_sddit.py --digits                          minutes on a laptop
@@ -24,9 +26,8 @@ Commands
                                                             its ablations, with one of
     --sd-weight 0, --mask-ratio 0.5, --teacher-noise 0.3 or student, --no-cls-condition
 
-To resume, run the same command again. The lines of the method stand between `# >>> sddit` and
-`# <<< sddit`. Everything else is the same text in every train_*.py: a diff of two shows the
-methods.
+To resume, run the same command again. The code of the method stands between `# >>> sddit` and
+`# <<< sddit`. All other code is identical in every train_*.py, so a diff of two shows the methods.
 
 Shapes in the right margin: N batch, T patches, V visible patches, D width, K prototypes,
 B bottleneck, M tokens.
@@ -51,7 +52,7 @@ from extract_features import CachedFeatures, extract_digits, load_autoencoder
 from files import UserError, number
 
 # >>> sddit
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.checkpoint import checkpoint as recompute  # not a file: activations are made twice
 from tqdm import tqdm
 # <<< sddit
 
@@ -176,26 +177,30 @@ def teacher_noise(text):
     return text if text == "student" else number(float, above=0, high=1e4)(text)
 
 
-def view_noise(t):
-    """Uniform t in [0, 1) -> sigma with ln sigma ~ N(-1.2, 1.2^2).
+def sigma_from_uniform(t):
+    """Turns uniform t in [0, 1) into sigma with ln sigma ~ N(-1.2, 1.2^2).
 
-    By the inverse of the normal distribution function, so that the shared loop can draw t.
+    The shared loop draws a uniform t for every method; here the inverse of the normal distribution
+    function is applied to it.
     """
     return torch.exp(1.2 * torch.special.ndtri(t.clamp(1e-7, 1 - 1e-7)) - 1.2)
 
 
 def generative_loss(output, x, eps, sigma, sigma_data=0.5):
-    """L_G = mean (F - F*)^2 over all patches: EDM's loss (arXiv 2206.00364) without its weight."""
+    """L_G = mean (F_theta - F*)^2 over all patches (EDM, arXiv 2206.00364)."""
     sigma = sigma.view(-1, 1, 1, 1)
     target = (sigma / sigma_data * x - sigma_data * eps) / (sigma**2 + sigma_data**2).sqrt()
     return F.mse_loss(output.float(), target)
 
 
 def discriminative_loss(student, teacher, center, tau_s, tau_t):
-    """- sum_k P_T log P_S of each token [M], and P_T [M, K]; student, teacher: logits [M, K]."""
+    """Returns - sum_k P_T log P_S of each token [M], and P_T [M, K].
+
+    student, teacher: a_S and a_T [M, K]; center: c [K].
+    """
     p_teacher = ((teacher - center) / tau_t).softmax(-1).detach()
     logits = student / tau_s
-    # = - sum P_T log softmax(logits), because P_T sums to 1
+    # log P_S = logits - logsumexp(logits), and P_T sums to 1
     return logits.logsumexp(-1) - (p_teacher * logits).sum(-1), p_teacher
 
 
@@ -212,8 +217,8 @@ def teacher_momentum(step, steps, first=0.996, last=0.999):
 class Head(nn.Module):
     """DINO's projection head: LayerNorm, MLP to a unit vector, cosines with K unit prototypes.
 
-    paper: no sizes, no LayerNorm / here: iBOT's 2048, 256, K = 8192, for CLS and patches, because
-    with them the model has the published size; see dit.SDDiT.
+    paper: it states no sizes and no LayerNorm / here: iBOT's 2048, 256 and K = 8192, one head for
+    CLS and patches, because with them the model has the published size (see dit.SDDiT).
     """
 
     def __init__(self, width, hidden=2048, bottleneck=256, prototypes=8192):
@@ -226,9 +231,10 @@ class Head(nn.Module):
             nn.Linear(hidden, bottleneck),
         )
         self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
-        for linear in self.mlp[::2]:
-            nn.init.trunc_normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
         nn.init.trunc_normal_(self.prototypes, std=0.02)
 
     def forward(self, tokens):                                       # (..., D)
@@ -240,10 +246,11 @@ class Head(nn.Module):
 
 
 class Objective(nn.Module):
-    """Model, training-only heads and loss in one module: DDP sees all parameters in one forward."""
+    """Holds the model, the training-only heads and the loss: DDP wraps them as one module."""
 
     def __init__(self, model, args, meta):
         super().__init__()
+        # the small number makes up for products such as 0.8 * 5 = 3.9999...
         self.num_visible = int(model.grid**2 * (1 - args.mask_ratio) + 1e-6)
         if self.num_visible < 1:
             found = f"keeps none of {model.grid**2} patches"
@@ -259,34 +266,34 @@ class Objective(nn.Module):
         if self.weight == 0:
             return
 
-        sizes = dict(NANO_HEAD) if args.model.startswith("nano/") else {}
+        sizes = {}
+        if args.model.startswith("nano/"):
+            sizes = dict(NANO_HEAD)
         if args.prototypes:
             sizes["prototypes"] = args.prototypes
         self.head = Head(model.hidden_size, **sizes)
-        self.teacher = deepcopy(model)
+        self.teacher = deepcopy(model).requires_grad_(False).eval()
         decoder = ("decoder_embed", "decoder_pos_embed", "decoder_blocks", "final_layer")
         for name in ("cls_embedder", *decoder):
-            delattr(self.teacher, name)  # the teacher is an encoder; this saves memory
-        self.teacher_head = deepcopy(self.head)
-        self.teacher.requires_grad_(False).eval()
-        self.teacher_head.requires_grad_(False)
+            delattr(self.teacher, name)  # the teacher only encodes, and this saves memory
+        self.teacher_head = deepcopy(self.head).requires_grad_(False)
         self.register_buffer("centers", torch.zeros(2, len(self.head.prototypes)))  # CLS, patches
-        self.register_buffer("seen", torch.zeros_like(self.centers), persistent=False)
+        self.register_buffer("logit_sum", torch.zeros_like(self.centers), persistent=False)
 
     def choose_visible(self, mask_noise):
         """Uniform noise [N, T] -> indices of a random subset of each image's patches: [N, V]."""
         return mask_noise.argsort(dim=1)[:, : self.num_visible]
 
     def forward(self, x, y, t, eps, drop, mask_noise, teacher_t, step, control=None):
-        """A dict of scalar tensors: `loss` is minimised, the others are logged.
+        """Returns a dict of scalar tensors: `loss` is minimised, and all are logged.
 
-        x, eps [N, C, H, W]; y [N]; t, teacher_t [N] uniform in [0, 1), turned into noise levels;
-        drop [N], labels to drop; mask_noise [N, T]; control [N, 7], see dit.ControlEmbedder.
+        x, eps [N, C, H, W]; y [N]; t, teacher_t [N], uniform in [0, 1); drop [N], true where the
+        label is dropped; mask_noise [N, T]; control [N, 7], see dit.ControlEmbedder.
         """
-        shift = self.model.time_shift
-        sigma = shift * view_noise(t)                                # (N,)
-        visible = self.choose_visible(mask_noise)                    # (N, V)
+        shift = self.model.time_shift  # 1 without --time-shift
+        sigma = shift * sigma_from_uniform(t)                        # (N,)
         x_student = x + sigma.view(-1, 1, 1, 1) * eps
+        visible = self.choose_visible(mask_noise)                    # (N, V)
         output, tokens = self.model(
             x_student, sigma, y, drop=drop, control=control, visible=visible, return_tokens=True
         )
@@ -295,25 +302,29 @@ class Objective(nn.Module):
             return {"loss": loss_edm, "loss_edm": loss_edm}
 
         if self.teacher_noise == "student":
-            # paper: it is drawn alike / here: a second sigma, and the same noise z
-            sigma_teacher = shift * view_noise(teacher_t)
+            # paper: drawn from the student's distribution / here: a second draw, and the same eps
+            sigma_teacher = shift * sigma_from_uniform(teacher_t)
         else:
             sigma_teacher = torch.full_like(t, shift * self.teacher_noise)
         x_teacher = x + sigma_teacher.view(-1, 1, 1, 1) * eps
         with torch.no_grad():
             encoded, _, _ = self.teacher.encode(x_teacher, sigma_teacher, y, drop, control=control)
-        with torch.autocast(x.device.type, enabled=False):  # fp32: arXiv 2403.17004 saw NaN
+        with torch.autocast(x.device.type, enabled=False):  # the authors report NaN in fp16
             losses = self.compare(tokens, encoded, visible, step)
         loss = loss_edm + self.weight * (losses["loss_cls"] + losses["loss_patch"])
         return {"loss": loss, "loss_edm": loss_edm, **losses}
 
     def compare(self, tokens, encoded, visible, step):
-        """L_cls, L_patch and the monitors, of tokens [N, 1 + V, D] and encoded [N, 1 + T, D]."""
+        """Returns L_cls, L_patch and the monitors of collapse.
+
+        tokens [N, 1 + V, D]: CLS and visible patches of the student; encoded [N, 1 + T, D]: CLS and
+        all patches of the teacher.
+        """
         with torch.no_grad():
             teacher = self.teacher_head(encoded)                     # (N, 1 + T, B)
             # logits are linear in the features: the mean logit is the logit of the mean feature
             mean = torch.stack([teacher[:, 0].mean(0), teacher[:, 1:].mean((0, 1))])
-            self.seen += self.teacher_head.logits(mean)
+            self.logit_sum += self.teacher_head.logits(mean)
         student = self.head(tokens)                                  # (N, 1 + V, B)
         index = visible.unsqueeze(2).expand(-1, -1, student.shape[2])
         student_patches = student[:, 1:].flatten(0, 1)               # (M, B)
@@ -321,74 +332,79 @@ class Objective(nn.Module):
 
         tau_t = teacher_temperature(step // self.epoch_steps, *self.tau_range)
         center_cls, center_patch = self.centers
-        loss_cls, cls_monitors = self.discriminate(student[:, 0], teacher[:, 0], center_cls, tau_t)
-        loss_patch, monitors = self.discriminate(
+        loss_cls, cls = self.discriminate(student[:, 0], teacher[:, 0], center_cls, tau_t)
+        loss_patch, patch = self.discriminate(
             student_patches, teacher_patches, center_patch, tau_t
         )
         return {
             "loss_cls": loss_cls,
             "loss_patch": loss_patch,
-            **monitors,
-            "cls_entropy": cls_monitors["teacher_entropy"],
+            **patch,
+            "cls_entropy": cls["teacher_entropy"],
             # equal to cls_entropy if every image has the same CLS assignment
-            "cls_batch_entropy": cls_monitors["batch_entropy"],
+            "cls_batch_entropy": cls["batch_entropy"],
             # 1 if the features spread over the sphere, 0 if they collapsed
             "head_std": student_patches.detach().std(0).mean() * student.shape[2] ** 0.5,
         }
 
     def discriminate(self, student, teacher, center, tau_t, chunk=8192):
-        """Mean discriminative_loss of M tokens, in chunks to save memory, and monitors of collapse.
+        """Returns the mean discriminative_loss of M tokens, and monitors of collapse.
 
-        student, teacher: head features [M, B]. The backward pass computes each chunk again, so that
-        only chunk x K logits exist at once. The monitors:
+        student, teacher: head features [M, B]. Tokens go through in chunks, which the backward pass
+        computes again, so that only chunk x K logits exist at once. The monitors:
         - teacher_entropy of the assignments: ln K is uniform collapse
         - batch_entropy of the mean assignment: 0 means that all tokens share one prototype
         - kl of teacher and student: 0 with either collapse
         """
 
         def part(student, teacher):
-            student_logits = self.head.logits(student)
-            teacher_logits = self.teacher_head.logits(teacher)
             loss, p_teacher = discriminative_loss(
-                student_logits, teacher_logits, center, self.tau_s, tau_t
+                self.head.logits(student),
+                self.teacher_head.logits(teacher),
+                center,
+                self.tau_s,
+                tau_t,
             )
             entropy = torch.special.entr(p_teacher).sum(-1)
             used = torch.zeros_like(center).index_fill(0, p_teacher.argmax(-1), 1.0)
-            return loss.sum(), entropy.sum(), p_teacher.sum(0), used
+            return torch.stack([loss.sum(), entropy.sum()]), torch.stack([p_teacher.sum(0), used])
 
-        sums = []
+        scalars = []
+        vectors = []
         for pair in zip(student.split(chunk), teacher.split(chunk), strict=True):
-            sums.append(recompute(part, *pair, use_reentrant=False, preserve_rng_state=False))
-        totals = [torch.stack(column).sum(0) for column in zip(*sums, strict=True)]
-        loss, entropy, p_teacher = [total / len(student) for total in totals[:3]]
+            sums = recompute(part, *pair, use_reentrant=False, preserve_rng_state=False)
+            scalars.append(sums[0])
+            vectors.append(sums[1])
+        loss, entropy = torch.stack(scalars).sum(0) / len(student)
+        p_sum, used = torch.stack(vectors).sum(0)
         monitors = {
-            "teacher_entropy": entropy,
-            "batch_entropy": torch.special.entr(p_teacher).sum(),
+            "teacher_entropy": entropy.detach(),
+            "batch_entropy": torch.special.entr(p_sum / len(student)).sum(),
             "kl": (loss - entropy).detach(),
-            "prototypes_used": (totals[3] > 0).sum().float(),
+            "prototypes_used": (used > 0).sum().float(),
         }
         return loss, monitors
 
     @torch.no_grad()
     def after_step(self, step, accumulation):
-        """Update the centres and the teacher after optimiser step `step`, counted from 0."""
-        mean = self.seen / accumulation
+        """Updates the centers and the teacher after optimiser step `step`, counted from 0."""
+        mean = self.logit_sum / accumulation
         if dist.is_initialized():
             dist.all_reduce(mean)
             mean /= dist.get_world_size()
         mean = torch.where(mean.isfinite(), mean, self.centers)  # if the step was not finite
         self.centers.lerp_(mean, 0.1)
-        self.seen.zero_()
+        self.logit_sum.zero_()
 
         m = teacher_momentum(step, self.steps, *self.momenta)
         for teacher, student in ((self.teacher, self.model), (self.teacher_head, self.head)):
             trained = dict(student.named_parameters())
-            names = [name for name, _ in teacher.named_parameters()]
+            names = [name for name, _ in teacher.named_parameters()]  # without the decoder's
             current = [trained[name] for name in names]
             torch._foreach_lerp_([*teacher.parameters()], current, 1 - m)
 
     def warn(self, row):
-        """Announce a uniform collapse that a row of the log shows."""
+        """Announces a uniform collapse that a row of the log shows, without breaking the bar."""
         for name in ("cls_entropy", "teacher_entropy"):
             entropy = row.get(name)
             if entropy is not None and entropy > 0.98 * np.log(self.centers.shape[1]):
@@ -396,7 +412,7 @@ class Objective(nn.Module):
                 tqdm.write(f"step {row['step']}: {found}; lower --tau-t")
 
     def flops(self, config):
-        """FLOPs of a training step, per image: three passes of the student, one of the teacher."""
+        """Returns the FLOPs of a training step per image: the teacher only runs forward."""
         visible = torch.zeros(1, self.num_visible, dtype=torch.int64, device="meta")
         student = dit.forward_flops(config, visible=visible)
         if self.weight == 0:
@@ -485,27 +501,27 @@ def prepare(args, world):
         arch |= NANO_DECODER
     read_targets = False
     # <<< sddit
-    features = CachedFeatures(args.data, targets=read_targets, control=args.control != "none")
+    cache = CachedFeatures(args.data, targets=read_targets, control=args.control != "none")
     pieces = world * (args.micro_batch or 1)  # every process gets whole micro-batches
     if args.batch_size % pieces:
         factors = "processes x micro-batch"
         raise UserError(f"--batch-size {args.batch_size}: not a multiple of {pieces} ({factors})")
-    if args.batch_size > len(features.labels):
-        found = f"{args.data} has {len(features.labels)} images"
+    if args.batch_size > len(cache.labels):
+        found = f"{args.data} has {len(cache.labels)} images"
         raise UserError(f"--batch-size {args.batch_size}: {found}")
 
     sizes = dit.parse_model(args.model)
     config = {
         **arch,
         **sizes,
-        **features.model_options(sizes["patch_size"]),
+        **cache.model_options(sizes["patch_size"]),
         "qk_norm": args.qk_norm,
         "class_tokens": args.class_tokens,
         "control": args.control,
         "control_alpha": args.control_alpha,
     }
     init = None
-    checkpoint = files.read_run(args, features.meta, __file__)
+    checkpoint = files.read_run(args, cache.meta, __file__)
     if checkpoint:
         config = checkpoint["config"]  # a resumed run keeps its architecture
     elif args.init:
@@ -516,18 +532,18 @@ def prepare(args, world):
     if args.time_shift is not None:
         config["time_shift"] = args.time_shift
     files.check_memory(config, args.micro_batch or args.batch_size // world, args.precision)
-    return features, config, checkpoint, init
+    return cache, config, checkpoint, init
 
 
-def build(args, features, config, init, device):
+def build(args, cache, config, init, device):
     """Builds the objective (model, heads and loss), the averaged model and the optimiser."""
     torch.manual_seed(args.seed)
     model = dit.build(config)
     if init:
-        same_classes = init["data"]["classes"] == features.meta["classes"]
+        same_classes = init["data"]["classes"] == cache.meta["classes"]
         line = dit.inherit_weights(model, init["ema"], same_classes)
         print(f"--init {args.init}: {line}; time shift {model.time_shift:g}")
-    objective = Objective(model, args, features.meta).to(device)
+    objective = Objective(model, args, cache.meta).to(device)
     ema = deepcopy(model).eval()
     parameters = [p for p in objective.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -541,8 +557,8 @@ def train(args):
     rank, world, device = files.launch(hours=1)
     if args.digits and args.data == "features/digits":
         extract_digits(args.data, rank, world, device)
-    features, config, checkpoint, init = prepare(args, world)
-    objective, ema, optimizer = build(args, features, config, init, device)
+    cache, config, checkpoint, init = prepare(args, world)
+    objective, ema, optimizer = build(args, cache, config, init, device)
     model = objective.model
     parameters = optimizer.param_groups[0]["params"]
     out = Path(args.out)
@@ -555,7 +571,7 @@ def train(args):
     if args.compile:
         files.compile_blocks(objective)
     if rank == 0:
-        vae = load_autoencoder(features.meta["vae"], device) if args.sample_every else None
+        vae = load_autoencoder(cache.meta["vae"], device) if args.sample_every else None
         files.start_run(args, step, world, model)
     ddp_objective = objective
     if world > 1:
@@ -569,12 +585,13 @@ def train(args):
     micro_batch = args.micro_batch or local_batch
     accumulation = local_batch // micro_batch
     mine = slice(rank * local_batch, (rank + 1) * local_batch)
-    dataset_size = len(features.labels)
-    order = data_order(dataset_size, features.views, global_batch, mine, args.seed, step)
+    dataset_size = len(cache.labels)
+    order = data_order(dataset_size, cache.views, global_batch, mine, args.seed, step)
 
     log = files.TrainingLog(args, step, rank, world, objective.flops(config))
-    save = partial(files.save_run, args, config, features, objective, ema, optimizer, __file__)
-    batches = files.until_stopped(features.loader(order, args.workers, device), log)
+    save = partial(files.save_run, args, config, cache, objective, ema, optimizer, __file__)
+    batches = files.until_stopped(cache.loader(order, args.workers, device), log)
+    save_now = True  # there is nothing new to save yet
 
     while step < args.steps:
         # 1. data and noise
@@ -582,7 +599,7 @@ def train(args):
         if batch is None:  # a process got a signal, or its data failed
             break
         batch |= draw_noise(args, model, mine, step, device)
-        batch["x"] = features.latents(batch.pop("moments"), batch.pop("vae_noise"))
+        batch["x"] = cache.latents(batch.pop("moments"), batch.pop("vae_noise"))
         if args.control != "none":
             batch["control"] *= batch.pop("keep_control")  # a row of zeros means no control
 
@@ -625,8 +642,8 @@ def train(args):
 
         # 4. log
         log.add(list(losses), step_losses, grad_norm)
-        due = files.due(args, step)
-        if "row" in due:
+        log_now, save_now, preview_now = files.due(args, step)
+        if log_now:
             row = log.row(step, args.lr * warmup)
             # >>> sddit
             objective.warn(row)
@@ -634,14 +651,13 @@ def train(args):
             log.write(row)
 
         # 5. save and preview
-        if "checkpoint" in due and rank == 0:
+        if save_now and rank == 0:
             save(step)
-        if "preview" in due and rank == 0:
-            sample.preview(ema, features, vae, out / f"samples-{step:07d}.png", args.seed)
-        if "row" in due:
-            log.restart(step)  # so that img_per_s does not count what a row or a preview took
+        if preview_now and rank == 0:
+            path = out / f"samples-{step:07d}.png"
+            sample.preview(ema, cache, vae, path, args.seed, args.precision)
 
-    if rank == 0 and "checkpoint" not in files.due(args, step):
+    if rank == 0 and not save_now:
         save(step)
     if world > 1:
         dist.destroy_process_group()

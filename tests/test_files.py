@@ -391,7 +391,7 @@ def test_no_partner_is_one_line(monkeypatch):
     variables = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29871}
     for name, value in variables.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(files, "MEETING", files.timedelta(seconds=2))
+    monkeypatch.setattr(files, "RENDEZVOUS", files.timedelta(seconds=2))
     with pytest.raises(UserError, match="WORLD_SIZE=2.*MASTER_ADDR"):
         files.launch()
     assert not dist.is_initialized()
