@@ -54,7 +54,6 @@ def program(file, args):
     one line. Other exceptions keep their traceback.
     """
     name = Path(file).name
-    given = tuple(str(value) for value in vars(args).values() if isinstance(value, (str, Path)))
     open_standard_streams()
     stdout = Stream(sys.stdout)
     stderr = Stream(sys.stderr)
@@ -64,7 +63,7 @@ def program(file, args):
         except UserError as error:
             sys.exit(f"{name}: {error}")
         except OSError as error:
-            if not str(error.filename).startswith(given):
+            if not is_given(error.filename, args):
                 raise
             sys.exit(f"{name}: {error.filename}: {error.strerror}")
         except (RuntimeError, MemoryError) as error:
@@ -75,6 +74,19 @@ def program(file, args):
             sys.exit(f"{name}: out of memory; lower {flag} ({first_sentence(error)})")
         except KeyboardInterrupt:
             sys.exit(f"{name}: interrupted; run the same command again to go on")
+
+
+def is_given(path, args):
+    """Returns whether a path is among the arguments, or below one of them, or above it."""
+    if not isinstance(path, str):
+        return False
+    path = os.path.abspath(path)
+    for value in vars(args).values():
+        if isinstance(value, (str, Path)):
+            given = os.path.abspath(value)
+            if path.startswith(given) or given.startswith(path):
+                return True
+    return False
 
 
 def open_standard_streams():
@@ -441,7 +453,10 @@ def start_folder(folder, file, description, size):
 
 def file_hash(path):
     """Returns the first 16 digits of the SHA-256 of a file, or of the last.pt of a run folder."""
-    with open(checkpoint_file(path), "rb") as file:
+    path = checkpoint_file(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
@@ -646,9 +661,11 @@ def read_run(args, data, script):
     if folder.is_file():
         raise UserError(f"--out {folder}: is a file; choose a folder")
     if not (folder / "last.pt").exists():
-        names = [path.name for path in folder.glob("[!.]*")]
-        foreign = [name for name in names if not name.endswith((".png", ".tmp"))]
-        if foreign and not (folder / "run.json").exists():
+        names = {path.name for path in folder.glob("[!.]*")}
+        foreign = {name for name in names if not name.endswith((".png", ".npz", ".tmp"))}
+        if "run.json" in names:  # a run that ended before its first checkpoint
+            foreign -= {"run.json", "log.jsonl"}
+        if foreign:
             remedy = "choose another --out"
             raise UserError(f"--out {folder} holds other files ({min(foreign)}); {remedy}")
         return None

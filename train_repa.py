@@ -228,7 +228,7 @@ class Objective(nn.Module):
         return {"loss": loss, "loss_fm": loss_fm, "loss_repa": loss_repa}
 
     def flops(self, config):
-        """Returns the FLOPs of a training step per image: a backward pass costs two forward ones."""
+        """Returns the FLOPs of a training step per image: three times those of a forward pass."""
         forward = dit.forward_flops(config)
         if self.alignment is not None:
             forward += self.alignment.flops(self.model.grid**2)

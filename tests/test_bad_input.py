@@ -9,7 +9,6 @@ import json
 import os
 import re
 import resource
-import runpy
 import shutil
 import signal
 import subprocess
@@ -28,6 +27,9 @@ import safetensors.torch
 import torch
 from conftest import exit_code
 from PIL import Image
+
+import files
+import train_repa
 
 SHARD = fuzz.SHARD
 CACHED = f"cache/{SHARD}"
@@ -49,7 +51,7 @@ class Case(NamedTuple):
 
 
 def both(*spoils):
-    return lambda: [spoil() for spoil in spoils]
+    return lambda: [spoil() for spoil in spoils] and None
 
 
 def text(path, content=""):
@@ -171,6 +173,25 @@ def poison(name, value, path="run/last.pt"):
     return checkpoint(change, path)
 
 
+def listed(change):
+    """change(pairs) gives the labels of dataset.json, from pairs [name, label]."""
+
+    def spoil():
+        pairs = json.loads(Path("listed/dataset.json").read_text())["labels"]
+        Path("listed/dataset.json").write_text(json.dumps({"labels": change(pairs)}))
+
+    return spoil
+
+
+def calls(*commands):
+    """Other commands come first."""
+    return lambda: [fuzz.call(command) for command in commands]
+
+
+def moving(source, target):
+    return lambda: os.rename(source, target)
+
+
 def picture(path, size, **options):
     return lambda: (Path(path).parent.mkdir(exist_ok=True), Image.new("RGB", size).save(path, **options))
 
@@ -227,7 +248,13 @@ FLAGS = {  # refused beside the flag, for what it is
         |--tau-t 0.1 inf|--teacher-momentum 2 0""",
     "sample": f"""--num 0|--num -3|--num {2**40}|--steps 0|--steps {10**7}|--cfg 0.5|--cfg nan|--cfg inf
         |--control-cfg -1|--control-cfg inf|--seed -1|--seed 1.5|--batch-size 0|--batch-size -4
-        |--precision fp16|--weights best|--sampler ddim|--official adm|--interval nan 1|--interval 0.7 0.1
+        |--precision fp16|--weights best
+        |--control 0,0,0,0,0,0,0|--control 8,8,0,0,9,8,0|--control 8,8,8,0,0,8,0
+        |--control 8,8,0,0,8,8,2|--control 8,8,-1,0,8,8,0|--control nan,8,0,0,8,8,0|--control 8.0,8,0,0,8,8,0
+        |--control 1000001,8,0,0,8,8,0|--control 8,8,0,0,8,8,0,0|--control fixed,|--control 8,,0,0,8,8,0
+        |--interval 0 0|--interval 0.5 0.5|--num 2147483649|--steps 1000001|--labels ,|--labels 0,
+        |--labels 0:2
+        |--labels Balanced|--labels none|--sampler ddim|--official adm|--interval nan 1|--interval 0.7 0.1
         |--interval -1 1|--control 8,8|--labels cat|--labels 3|--labels -1|--labels 0,,1|--labels 0,1.5""",
     "fid": f"""--batch-size 0|--batch-size -4|--batch-size 1.5|--image-size 0|--image-size nan|--image-size -1
         |--image-size {10**6}|--features vgg|--device tpu""",
@@ -329,6 +356,78 @@ DATA = {
     "vae": (3, ...),
     "image_size": (0, -8, "8", ...),
 }
+OTHER_RUN = {  # a flag of each kind with which no run is resumed
+    "repa --out run": """--seed 1|--batch-size 6|--warmup 9|--beta2 0.9|--ema 0|--model S/2|--qk-norm
+        |--control constant|--control-alpha 2|--control-drop 0|--class-tokens 1|--init run|--pos-base 3
+        |--time-shift 2|--repa-weight 0|--repa-depth 1""",
+    "diversedit --out rundiv": "--init rundiv|--qk-norm|--seed 4294967296|--model B/2|--repa-depth 2",
+    "sddit --out runsd": """--mask-ratio 0|--sd-weight 0|--prototypes 7|--tau-s 1|--tau-t 0.2 0.3
+        |--teacher-momentum 0 1|--teacher-noise 1|--init runsd""",
+}
+NO_LISTS = {  # what dataset.json may hold instead of a label for each image
+    "an image less": listed(lambda pairs: pairs[1:]),
+    "an image more": listed(lambda pairs: [*pairs, ["a/zz.png", 1]]),
+    "other slashes": listed(lambda pairs: [[name.replace("/", "\\"), i] for name, i in pairs]),
+    "dots before names": listed(lambda pairs: [["./" + name, i] for name, i in pairs]),
+    "word labels": listed(lambda pairs: [[name, str(i)] for name, i in pairs]),
+    "labels with a point": listed(lambda pairs: [[name, i + 0.5] for name, i in pairs]),
+    "labels below 0": listed(lambda pairs: [[name, -1] for name, _ in pairs]),
+    "true labels": listed(lambda pairs: [[name, True] for name, _ in pairs]),
+    "null labels": listed(lambda pairs: [[name, None] for name, _ in pairs]),
+    "labels of 31 digits": listed(lambda pairs: [[name, HUGE] for name, _ in pairs]),
+    "one-hot labels": listed(lambda pairs: [[name, [0, 1, 0]] for name, _ in pairs]),
+    "dicts as labels": listed(lambda pairs: [[name, {}] for name, _ in pairs]),
+    "triples": listed(lambda pairs: [[name, i, 1] for name, i in pairs]),
+    "names alone": listed(lambda pairs: [name for name, _ in pairs]),
+    "lists as names": listed(lambda pairs: [[[name], i] for name, i in pairs]),
+    "no labels": listed(lambda pairs: []),
+    "a word": listed(lambda pairs: "abc"),
+    "a number": listed(lambda pairs: 3),
+}
+NO_LABELS = {  # arr_1 of an .npz
+    "in a column": np.zeros((12, 1), int),
+    "one-hot": np.eye(12, dtype=int),
+    "one": np.array(3),
+    "none": np.zeros(0, int),
+    "words": np.array(["a"] * 12),
+    "true and false": np.zeros(12, bool),
+    "dates": np.zeros(12, "M8[s]"),
+}
+NO_PIXELS = {  # arr_0 of an .npz
+    "of 64 bits": np.zeros((12, 8, 8, 3), int),
+    "with alpha": np.zeros((12, 8, 8, 4), "u1"),
+    "true and false": np.zeros((12, 8, 8, 3), bool),
+    "of a word": np.array("x"),
+    "without a dimension": np.uint8(3),
+    "of one image": np.zeros((8, 8, 3), "u1"),
+    "of no height": np.zeros((12, 0, 8, 3), "u1"),
+    "of records": np.zeros((12, 8, 8, 3), [("a", "u1")]),
+}
+LONG = "x" * 300
+# where nothing can be: the same path is also given with a dot before it, and with a slash too many
+NOWHERE = {
+    "extract --out": ("ref.npz/x", "loop", "loop/x", "nothing-link", LONG, "pipe"),
+    "repa --out": ("ref.npz/x", "loop", "loop/x", "nothing-link", LONG, "pipe"),
+    "sample run --out": ("ref.npz/x.npz", "loop/x.npz", f"{LONG}.npz"),
+    "sample run --grid": ("ref.npz/x.png", "loop/x.png", "nothing/x.png"),
+    "fid ref.npz samples.npz --json": ("ref.npz/x", "loop", "loop/x", "nothing/x", "pipe"),
+    "extract --data": ("nothing", "loop", LONG, "pipe"),
+    "repa --data": ("nothing", "loop", LONG, "pipe", "src/a"),
+    "repa --init": ("nothing", "run/1.pt", "loop", LONG, "pipe", "src"),
+    "sample": ("nothing", "run/1.pt", "loop", LONG, "src"),
+    "sample run --cfg 2 --guide": ("nothing", "run/1.pt", "loop", LONG, "src"),
+    "extract --vae": ("no-thing", LONG),
+    "extract --encoder vit_tiny_patch16_224 --encoder-weights": ("nothing", "loop", LONG, "src"),
+    "fid ref.npz": ("nothing", "loop", LONG, "pipe"),
+}
+
+
+def odd_places():
+    link("loop", "loop")()
+    link("nothing-link", "nothing")()
+    pipe("pipe")()
+
+
 CASES = {
     # extraction: the source
     "no source": Case("extract --data nothing", ("--data nothing",)),
@@ -379,7 +478,9 @@ CASES = {
     "empty png": Case("extract --data src", ("00.png",), text("src/a/00.png"), STARTED),
     "text as png": Case("extract --data src", ("00.png",), text("src/a/00.png", "hello"), STARTED),
     "bomb as png": Case("extract --data src", ("00.png",), bomb("src/a/00.png"), STARTED),
-    "narrow png": Case("extract --data src", ("00.png", "5000000"), picture("src/a/00.png", (1, 5_000_000)), STARTED),
+    "narrow png": Case(
+        "extract --data src", ("00.png", "5000000"), picture("src/a/00.png", (1, 5_000_000)), STARTED
+    ),
     "link to nothing": Case("extract --data src", ("00.png",), link("src/a/00.png", "nothing"), STARTED),
     "link to itself": Case("extract --data src", ("00.png",), link("src/a/00.png", "00.png"), STARTED),
     # extraction: flags that do not fit each other or the source
@@ -426,6 +527,30 @@ CASES = {
         lambda: link(temporary("new/meta.json"))(),
         (*LOCKS, "new/meta.json.*.tmp"),
     ),
+    "cache: beside the images, again": Case(
+        "extract --data src --out src/new", ("--data src", "new"), calls("extract --data src --out src/new")
+    ),
+    "source: the current folder": Case(
+        "extract --data . --out new", ("did you mean listed",), gone("src.npz")
+    ),
+    "source: a checkpoint": Case("extract --data run/last.pt", ("run/last.pt",)),
+    "source: a cache": Case("extract --data cache", ("--data cache",)),
+    "source: splits": Case(
+        "extract --data splits",
+        ("train", "splits/train"),
+        lambda: shutil.copytree("src/a", "splits/train"),
+    ),
+    "zip of folders alone": Case("extract --data src.zip", ("src.zip",), zipped(**{"a__": "", "b__": ""})),
+    "zip with backslashes": Case("extract --data src.zip", ("src.zip",), zipped(**{"a\\x.png": "x"})),
+    "zip with an open dataset.json": Case(
+        "extract --data src.zip", ("dataset.json",), zipped(**{"a__x.png": "x", "dataset.json": "["})
+    ),
+    "dataset.json is a folder": Case(
+        "extract --data listed", ("dataset.json",), folder("listed/dataset.json")
+    ),
+    "dataset.json with a byte order mark": Case(
+        "extract --data listed", ("dataset.json",), text("listed/dataset.json", "\ufeff{}")
+    ),
     # training: the cache
     "train: no cache": Case("repa --data nothing", ("nothing",)),
     "train: a file as cache": Case("repa --data src.npz", ("src.npz",)),
@@ -452,7 +577,24 @@ CASES = {
     "train: meta.json of fewer classes": Case(
         "repa", ("cache",), record("cache/meta.json", classes=["0", "1"])
     ),
+    "train: a folder above the cache": Case("repa --data .", ("did you mean",)),
+    "train: a file of the cache": Case(f"repa --data {CACHED}", (CACHED,)),
+    "train: NaN in the targets": Case(
+        "repa", ("step 1", "loss_repa nan"), tensors(targets=lambda x: x * torch.nan), STARTED
+    ),
+    "train: an autoencoder that is not there": Case(
+        "repa --sample-every 1", ("nobody/nothing",), record("cache/meta.json", vae="nobody/nothing")
+    ),
     # training: flags that do not fit each other or the cache
+    "train: batch of one image more": Case("sddit --batch-size 13", ("--batch-size 13", "12")),
+    "train: micro-batch above the batch": Case("repa --micro-batch 8", ("--batch-size 4", "8")),
+    "train: patch 2^32": Case("repa --model nano/4294967296", ("4294967296", "8")),
+    "train: a small size": Case("repa --model NANO/2", ("--model", "NANO/2")),
+    "train: two patches": Case("repa --model nano/2/2", ("--model", "nano/2/2")),
+    "train: no patch is visible": Case("sddit --mask-ratio 0.999", ("--mask-ratio 0.999", "16")),
+    "train: time shift 10^300": Case("repa --time-shift 1e300", ("step 1", "nan"), None, STARTED),
+    "train: weight 10^300": Case("repa --repa-weight 1e300", ("step 1", "inf"), None, STARTED),
+    "train: tau 10^-300": Case("sddit --tau-s 1e-300", ("step 1", "nan"), None, STARTED),
     "train: unknown size": Case("repa --model XXL/2", ("--model", "XXL/2")),
     "train: no patch": Case("repa --model nano", ("--model", "nano")),
     "train: patch 0": Case("sddit --model nano/0", ("--model", "nano/0")),
@@ -513,7 +655,26 @@ CASES = {
     "run: a foreign log": Case(
         "repa", ("log.jsonl",), both(lambda: os.mkdir("new"), text("new/log.jsonl", '{"a": 1}\n'))
     ),
+    "run: the current folder": Case("repa --out .", ("--out .",)),
+    "run: a folder with notes": Case(
+        "repa", ("--out new", "notes.txt"), lambda: (os.mkdir("new"), text("new/notes.txt")())
+    ),
+    "run: run.json is a folder": Case("repa --out run --steps 4", ("run/run.json",), folder("run/run.json")),
+    "run: last.pt is lost, a snapshot is left": Case(
+        "repa --out run", ("run", "0000002.pt"), moving("run/last.pt", "run/0000002.pt")
+    ),
+    "run: last.pt is lost, notes are left": Case(
+        "repa --out run", ("run", "notes.txt"), moving("run/last.pt", "run/notes.txt")
+    ),
+    "run: the lock is a folder": Case("repa --out run --steps 4", ("run/.lock",), folder("run/.lock")),
     # training: --init
+    "init: the current folder": Case("repa --init .", ("last.pt",)),
+    "init: a log": Case("repa --init run/log.jsonl", ("run/log.jsonl",)),
+    "init: another patch": Case(
+        "repa --data c4 --init run --model nano/4",
+        ("--init run", "patch_size"),
+        calls("extract --out c4 --patch 4"),
+    ),
     "init: no such": Case("repa --init nothing", ("nothing", "checkpoint")),
     "init: foreign": Case("diversedit --init src.npz", ("src.npz",)),
     "init: NaN": Case("sddit --init run", ("run/last.pt",), poison("ema", torch.nan)),
@@ -550,7 +711,59 @@ CASES = {
     "sample: huge weights": Case(
         "sample run --steps 2", ("4 of 4", "0, 1, 2, 3"), poison("ema", 3e38), PARTIAL
     ),
+    "sample: the current folder": Case("sample .", ("last.pt",)),
+    "sample: the current folder as guide": Case("sample run --cfg 2 --guide .", ("last.pt",)),
+    "sample: a device": Case("sample /dev/null", ("/dev/null",)),
+    "sample: a cache": Case("sample cache", ("cache",)),
+    "sample: a shard": Case(f"sample {CACHED}", (CACHED,)),
+    "sample: an old kind of checkpoint": Case("sample run/../old.pt", ("old.pt",), lambda: old_checkpoint()),
     # sampling: flags and files to write
+    "sample: labels of two kinds": Case("sample run --labels random,0", ("--labels random,0", "2")),
+    "sample: labels with a space": Case("sample run --labels 'balanced '", ("--labels balanced ",)),
+    "sample: labels in full width": Case("sample run --labels \uff10", ("--labels \uff10",)),
+    "sample: labels with zeros before": Case("sample run --labels 00", ("--labels 00",)),
+    "sample: labels of 5,000 characters": Case(f"sample run --labels {5000 * 'x'}", ("--labels xxx",)),
+    "sample: commas in a class name": Case(
+        "sample comma --labels a,b,c", ("--labels a,b,c",), lambda: comma()
+    ),
+    "sample: guided to infinity": Case("sample run --cfg 1e308", ("4 of 4",), None, PARTIAL),
+    "sample: guide alone": Case("sample run --guide run", ("--guide", "--cfg")),
+    "sample: guide with a control": Case(
+        "sample run --cfg 2 --control-cfg 2 --guide run", ("--control-cfg", "--guide")
+    ),
+    "sample: control scale without control": Case("sample run --control-cfg 1", ("--control-cfg",)),
+    "sample: 2^31 images": Case("sample run --num 2147483648", ("new.npz.partial", "GB")),
+    "sample: a grid of 10^8 images": Case("sample run --num 99999999 --grid new.png", ("--grid", "99999999")),
+    "sample: no name before the ending": Case("sample run --out .npz", ("--out .npz",)),
+    "sample: the ending in capitals": Case("sample run --out new.NPZ", ("--out new.NPZ",)),
+    "sample: a link to a file": Case("sample run --out l.npz", ("--out l.npz",), link("l.npz", "ref.npz")),
+    "sample: a link to a device": Case("sample run --out l.npz", ("--out l.npz",), link("l.npz")),
+    "sample: a grid is a folder": Case(
+        "sample run --grid l.png", ("--grid l.png",), lambda: os.mkdir("l.png")
+    ),
+    "sample: partial is a link to nothing": Case(
+        "sample run", ("new.npz.partial",), link("new.npz.partial", "nothing")
+    ),
+    "sample: protocol is a folder": Case(
+        "sample run", ("protocol.json",), lambda: os.makedirs("new.npz.partial/protocol.json")
+    ),
+    "sample: fewer images than before": Case(
+        f"{fuzz.SAMPLE_ON} --num 3", ("new.npz.partial", "num is 4"), lambda: started()
+    ),
+    "sample: another checkpoint than before": Case(
+        fuzz.SAMPLE_ON,
+        ("new.npz.partial", "checkpoint"),
+        both(lambda: started(), checkpoint(lambda c: c.update(step=3))),
+    ),
+    "sample: another precision than before": Case(
+        f"{fuzz.SAMPLE_ON} --precision bf16", ("new.npz.partial", "precision"), lambda: started()
+    ),
+    "sample: part is a folder": Case(
+        fuzz.SAMPLE_ON, (fuzz.PART,), lambda: (started(), folder(fuzz.PART)()), PARTIAL
+    ),
+    "sample: a folder as vae": Case("sample run --vae run", ("run/diffusion_pytorch_model.safetensors",)),
+    "sample: a device as vae": Case("sample run --vae /dev/null", ("--vae /dev/null",)),
+    "sample: an npz as vae": Case("sample run --vae src.npz", ("src.npz",)),
     "sample: there already": Case("sample run --out ref.npz", ("--out ref.npz", "exists")),
     "sample: another ending": Case("sample run --out new.npy", ("--out new.npy", ".npz")),
     "sample: a grid of another ending": Case("sample run --grid new.jpg", ("--grid new.jpg", ".png")),
@@ -633,6 +846,30 @@ CASES = {
         ("ref.npz", "mu"),
         archive("ref.npz", mu=np.zeros(768), sigma=np.eye(768)),
     ),
+    "fid: one set": Case("fid ref.npz", ("SAMPLES",)),
+    "fid: a photo": Case("fid src/a/00.png ref.npz", ("src/a/00.png",)),
+    "fid: a zip": Case("fid src.zip ref.npz", ("src.zip",)),
+    "fid: a shard": Case(f"fid ref.npz {CACHED}", (CACHED,)),
+    "fid: results over the reference by a link": Case(
+        f"{FID} --json l.json", ("--json l.json",), link("l.json", "ref.npz")
+    ),
+    "fid: results through a link to a device": Case(
+        f"{FID} --json l.json", ("--json l.json",), link("l.json")
+    ),
+    "fid: no room beside the results": Case(
+        f"{FID} --json new.json", ("new.json",), lambda: os.mkdir("new.json.tmp")
+    ),
+    "fid: an npy in Fortran order": Case(
+        "fid ref.npz x.npy", ("x.npy",), lambda: np.save("x.npy", np.zeros((12, 8, 9, 3), "u1", order="F"))
+    ),
+    "fid: an npy with a byte more": Case(
+        "fid ref.npz x.npy", ("x.npy",), lambda: text("x.npy", npy_bytes() + b"x")()
+    ),
+    "fid: half an npy": Case("fid ref.npz x.npy", ("x.npy",), lambda: text("x.npy", npy_bytes()[:900])()),
+    "fid: statistics of words": Case(
+        f"{FID} --features inception", ("ref.npz",), archive("ref.npz", mu=np.array("x"), sigma=np.array("y"))
+    ),
+    "fid: a device as weights": Case(f"{FID} --features inception --weights /dev/null", ("/dev/null",)),
     "fid: no such weights": Case(f"{FID} --features inception --weights w.pth", ("w.pth",)),
     "fid: weights of another network": Case(
         f"{FID} --features inception --weights official.pt", ("official.pt",)
@@ -679,6 +916,22 @@ def cases():
                     f"{name} {key} {value!r:.30}",
                     Case("sample run", ("run/last.pt",), part(name, **{key: value})),
                 )
+    for command, flags in OTHER_RUN.items():
+        run = command.split()[-1]
+        for flag in map(str.strip, flags.split("|")):
+            key = flag.split()[0].strip("-").replace("-", "_")
+            yield f"{command} {flag}", Case(f"{command} {flag}", (f"{run} holds another run", f"{key} is"))
+    for kind, spoil in NO_LISTS.items():
+        yield f"dataset.json: {kind}", Case("extract --data listed", ("--data listed", "dataset.json"), spoil)
+    for kind, values in NO_LABELS.items():
+        yield f"npz labels {kind}", Case("extract", ("src.npz", "arr_1"), archive("src.npz", arr_1=values))
+    for kind, values in NO_PIXELS.items():
+        yield f"npz pixels {kind}", Case("extract", ("src.npz", "arr_0"), archive("src.npz", arr_0=values))
+        yield f"fid: npz pixels {kind}", Case(FID, ("samples.npz",), archive("samples.npz", arr_0=values))
+    for command, paths in NOWHERE.items():
+        for path in paths:
+            for given in (path, f"./{path}", path.replace("/", "//")):
+                yield f"{command} {given:.30}", Case(f"{command} {given}", (path[:30],), odd_places, ())
     yield from CASES.items()
 
 
@@ -722,6 +975,22 @@ def started(file=None, content=None):
         Path("new.npz.partial", file).write_bytes(content)
 
 
+def comma():
+    os.rename("src/a", "src/a,b")
+    fuzz.call("extract --data src --out named")
+    fuzz.call("repa --data named --out comma")
+
+
+def old_checkpoint():
+    content = torch.load("run/last.pt", weights_only=True)
+    torch.save(content, "old.pt", _use_new_zipfile_serialization=False)
+
+
+def npy_bytes():
+    np.save("x.npy", np.zeros((12, 8, 8, 3), "u1"))
+    return Path("x.npy").read_bytes()
+
+
 def deeper():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(fuzz.dit.SIZES, "nano", (4, 32, 2))
@@ -760,10 +1029,15 @@ def home(whole, scratch, monkeypatch, request):
     """A fresh copy of the whole files, as current folder; of the runs, those that are named."""
     monkeypatch.setitem(fuzz.dit.SIZES, "nano", (2, 32, 2))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    narrow = ((32, 32, 32, 32),)  # the network is built before its weights are found wanting
+    monkeypatch.setattr(fuzz.extract_features.AutoencoderKL.__init__, "__defaults__", narrow)
     params = getattr(request.node, "callspec", None)
     name = params.params.get("name") if params else None
-    command = TABLE[name].command if name else "run"
-    runs = [name for name in ("run", "rundiv", "runsd") if not re.search(rf"\b{name}\b", command)]
+    table = TABLE if name in TABLE else FINE
+    needed = table[name][0] if name else "run rundiv runsd"
+    if name in FINE or name in ("init: no such", "shard a checkpoint"):
+        needed += " run"
+    runs = [name for name in ("run", "rundiv", "runsd") if not re.search(rf"\b{name}\b", needed)]
     home = shutil.copytree(whole, Path(scratch, "home"), ignore=shutil.ignore_patterns(*runs))
     monkeypatch.chdir(home)
     return home
@@ -829,7 +1103,7 @@ def test_bad_input(name, home, capsys, recwarn):
     after, shown = contents(home), capsys.readouterr()
     for word in case.words:
         assert word in message, message
-    kept = {path for path in before if not path.endswith(".tmp")}               # an own leftover may go
+    kept = {path for path in before if not path.endswith(".tmp")}  # an own leftover may go
     assert all(after.get(path) == before[path] for path in kept), "a file that was there has changed"
     new = after.keys() - before.keys()
     assert not [path for path in new if not any(fnmatch(path, pattern) for pattern in case.new)], new
@@ -874,19 +1148,227 @@ def test_full_disk(home, size, command):
     assert not [path for path in after.keys() - before.keys() if path.endswith(("last.pt", "new.npz"))]
 
 
-@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
-@pytest.mark.parametrize(
-    "command", ["extract", "repa", "sample run", f"{FID} --json no/x.json", "extract --data src"]
-)
-def test_no_permission(home, command):
-    closed = "src/a" if "--data" in command else "no" if "no/" in command else "."
-    Path(closed).mkdir(exist_ok=True)
-    mode = os.stat(closed).st_mode
-    os.chmod(closed, 0o500 if closed == "." else 0)
+CLOSED = [  # command, what is closed, in a folder that is otherwise open to all
+    ("extract --out new", "."),
+    ("extract --out a/b", "."),
+    ("extract --data src", "src/a"),
+    ("extract --data src", "src/a/00.png"),
+    ("extract --data src", "src"),
+    ("extract --data src.zip", "src.zip"),
+    ("extract --data src.npz", "src.npz"),
+    ("extract --data listed", "listed/dataset.json"),
+    ("extract --vae autoencoder", "autoencoder"),
+    ("repa --out new", "."),
+    ("repa --out a/b", "."),
+    ("repa --data cache", "cache"),
+    ("repa --data cache", "cache/meta.json"),
+    ("repa --data cache", CACHED),
+    ("repa --init run", "run/last.pt"),
+    ("repa --out run --steps 4", "run"),
+    ("repa --out run --steps 4", "run/last.pt"),
+    ("repa --out run --steps 4", "run/log.jsonl"),
+    ("repa --out run --steps 4", "run/run.json"),
+    ("repa --out run --steps 4", "run/.lock"),
+    ("sample run", "run"),
+    ("sample run", "run/last.pt"),
+    ("sample run --cfg 2 --guide rundiv", "rundiv/last.pt"),
+    ("sample run --out a/new.npz", "."),
+    ("fid ref.npz samples.npz", "ref.npz"),
+    ("fid ref.npz src", "src/a"),
+    ("fid src src", "src/a/00.png"),
+    ("fid ref.npz samples.npz --json new.json", "."),
+]
+
+
+@pytest.mark.parametrize("dot", ["", "./"])
+@pytest.mark.parametrize("command, closed", CLOSED)
+def test_no_permission(home, command, closed, dot):
+    """One line that names what could not be opened, with and without a dot before the paths."""
+    os.mkdir("autoencoder")
+    for path in [home.parent, home, *home.rglob("*")]:
+        path.chmod(0o777 if path.is_dir() else 0o666)
+    os.chmod(closed, 0o555 if closed == "." else 0)
+    *words, last = command.split()
+    user = os.geteuid()
+    if user == 0:  # root may open everything
+        os.seteuid(65534)
     try:
-        refusal(command)
+        message = refusal(" ".join([*words, last if last == "4" else dot + last]))
     finally:
-        os.chmod(closed, mode)
+        os.seteuid(user)
+        os.chmod(closed, 0o777)
+    named = command.split()[-1].split("/")[0] if closed == "." else closed.split("/")[0]
+    assert named in message, message
+
+
+def odd_name(name):
+    return moving("src/a", name if isinstance(name, bytes) else f"src/{name}")
+
+
+FINE = {  # what looks odd and is right: (command, what comes before, files that may change)
+    **{
+        f"class {name!r:.20}": ("extract --data src", odd_name(name))
+        for name in ("a b", "a,b", "\xfc\U0001f41f", "a\nb", "'", '"', "-x", "%s{0}", "train", "~", 200 * "a")
+    },
+    "class of no characters": (
+        "sample named --labels balanced",
+        both(
+            odd_name(b"src/\xff\xfe"),
+            calls("extract --data src --out bytes", "repa --data bytes --out named --sample-every 1"),
+        ),
+    ),
+    "one image": ("extract --limit 1 --crops 100 --seed 2147483647", None),
+    "a file per image": ("extract --shard 1 --batch-size 65536", None),
+    "REPA on one image": (
+        "repa --data one --batch-size 1 --sample-every 1",
+        calls("extract --limit 1 --out one"),
+    ),
+    "SD-DiT on one image": ("sddit --data one --batch-size 1", calls("extract --limit 1 --out one")),
+    "DiverseDiT on one image": (
+        "diversedit --data one --batch-size 1 --sample-every 1",
+        calls("extract --limit 1 --out one"),
+    ),
+    "a grid of one class": (
+        "sample of-one --labels balanced --grid new.png",
+        calls("extract --limit 1 --out one", "repa --data one --out of-one --batch-size 1"),
+    ),
+    "one class": ("sddit --control cosine --steps 1 --sample-every 1", tensors(labels=lambda x: x * 0)),
+    "batch of all images": ("repa --batch-size 12 --micro-batch 1", None),
+    "images of one pixel": ("extract", archive("src.npz", arr_0=np.zeros((12, 1, 1, 3), "u1"))),
+    "more arrays": ("extract", archive("src.npz", x=np.zeros(3), y=np.array("a"))),
+    "labels of 64 bits": ("extract", archive("src.npz", arr_1=np.full(12, 2**63, np.uint64))),
+    "pixels in Fortran order": (
+        "extract",
+        archive("src.npz", arr_0=np.zeros((12, 8, 9, 3), "u1", order="F")),
+    ),
+    "an npz in capitals": ("extract --data SRC.NPZ", moving("src.npz", "SRC.NPZ")),
+    "a folder called npz": ("extract --data d.npz", moving("src", "d.npz")),
+    "null in dataset.json": ("extract --data listed", text("listed/dataset.json", '{"labels": null}')),
+    "a dict in dataset.json": ("extract --data listed", listed(dict)),
+    "large labels in dataset.json": (
+        "extract --data listed",
+        listed(lambda pairs: [[name, 10**12 + i] for name, i in pairs]),
+    ),
+    "a slash behind a folder": ("extract --out new/", None),
+    "a folder that is a link": ("extract --out l", both(lambda: os.mkdir("d"), link("l", "d"))),
+    "a run that is a link": ("repa --out l", both(lambda: os.mkdir("d"), link("l", "d"))),
+    "a cache that is a link": ("repa --data l", link("l", "cache")),
+    "a lock that is a device": ("repa", link("new/.lock", "/dev/null")),
+    "spaces in a run": ("repa --out 'a b/\xfc'", None),
+    "last seed": ("repa --seed 4294967296", None),
+    "lr 0, ema 0, beta2 0": ("repa --lr 0 --ema 0 --beta2 0", None),
+    "lr 10^-320": ("sddit --lr 1e-320", None),
+    "clip 10^-300": ("repa --clip 1e-300", None),
+    "warmup 10^18": ("repa --warmup 1000000000000000000 --log-every 1000000000000000000", None),
+    "control always dropped": ("repa --control constant --control-drop 1 --class-tokens 3", None),
+    "alpha 10^300": ("sddit --control cosine --control-alpha 1e300", None),
+    "another file in the cache": ("repa", text("cache/00001024.safetensors", "x")),
+    "half-precision weights": ("sample run", lambda: halved()),
+    "a run of half-precision weights": ("repa --out run --steps 3", lambda: halved(), ("run/*",)),
+    "a moved cache": ("repa --out run --steps 3 --data moved", moving("cache", "moved"), ("run/*",)),
+    "a moved run": ("repa --out moved --steps 3", moving("run", "moved"), ("moved/*",)),
+    "a read-only checkpoint": (
+        "repa --out run --steps 3",
+        lambda: os.chmod("run/last.pt", 0o444),
+        ("run/*",),
+    ),
+    "a lost log": ("repa --out run --steps 3", gone("run/log.jsonl"), ("run/*",)),
+    "a lost run.json": ("repa --out run --steps 3", gone("run/run.json"), ("run/*",)),
+    "rescue flags": ("repa --out run --steps 3 --lr 0 --clip 0 --precision bf16", None, ("run/*",)),
+    "fewer steps than done": ("repa --out run --steps 1", None, ("run/run.json",)),
+    "init at another side": ("repa --data c16 --init run", calls("extract --image-size 16 --out c16")),
+    "init with other classes": (
+        "repa --data c5 --init run",
+        both(archive("src.npz", arr_1=np.arange(12) % 5), calls("extract --out c5")),
+    ),
+    "init of another method": ("repa --init runsd", None),
+    "a damaged shard, again": ("extract --out cache --flip", cut(CACHED), (CACHED,)),
+    "a lost shard, again": ("extract --out cache --flip", gone(CACHED)),
+    "a shard of another cache, again": (
+        "extract --out cache --flip",
+        moved(f"plain/{SHARD}", CACHED),
+        (CACHED,),
+    ),
+    "one image to sample": ("sample run --num 1 --steps 1 --sampler sde", None),
+    "a batch of 10^12": ("sample run --batch-size 1000000000000", None),
+    "a seed of 31 digits": ("sample run --seed 1000000000000000000000000000000", None),
+    "a class three times": ("sample run --labels 0,0,0", None),
+    "guided from 10^300 on": ("sample run --cfg 2 --interval 1e300 2e300", None),
+    "guided by itself": ("sample run --cfg 2 --guide run", None),
+    "the smallest control box": (
+        "sample boxed --control 1,1,0,0,1,1,0",
+        calls("repa --out boxed --control cosine"),
+    ),
+    "the last pixel": ("sample boxed --control 8,8,7,7,1,1,1", calls("repa --out boxed --control constant")),
+    "a box of 10^6": (
+        "sample boxed --control 1000000,1000000,0,0,1000000,1000000,1",
+        calls("repa --out boxed --control cosine"),
+    ),
+    "--out twice": ("sample run --out other.npz", lambda: started()),
+    "a grid in a run": ("sample run --grid run/x.png", None),
+    "a grid over a link to a device": ("sample run --grid l.png", link("l.png"), ("l.png",)),
+    "partial is a link": (
+        "sample run",
+        both(lambda: os.mkdir("d"), link("new.npz.partial", "d")),
+        ("new.npz.partial",),
+    ),
+    **{
+        f"part {kind}, again": (fuzz.SAMPLE_ON, both(lambda: started(), spoil), ("new.npz.partial/*",))
+        for kind, spoil in {
+            "empty": text(fuzz.PART),
+            "cut": cut(fuzz.PART),
+            "flipped": flipped(fuzz.PART, 8, 9),
+            "endless": link(fuzz.PART, "/dev/zero"),
+            "foreign": moved(CACHED, fuzz.PART),
+            "of three images": lambda: safetensors.torch.save_file(
+                {"images": torch.zeros(3, 8, 8, 3, dtype=torch.uint8)}, fuzz.PART
+            ),
+            "of other names": lambda: safetensors.torch.save_file(
+                {"image": torch.zeros(2, 8, 8, 3, dtype=torch.uint8)}, fuzz.PART
+            ),
+            "of another batch size": lambda: None,
+        }.items()
+    },
+    "fid of itself": ("fid ref.npz ref.npz --batch-size 1000000000000", None),
+    "fid of four images": (FID, archive("samples.npz", arr_0=np.zeros((4, 8, 8, 3), "u1"))),
+    "fid of an npy": ("fid ref.npz x.npy", lambda: npy_bytes()),
+    "fid with labels of another number": (FID, archive("samples.npz", arr_1=np.zeros((3, 2)))),
+    "fid with a protocol of numbers": (
+        f"{FID} --json new.json",
+        archive("samples.npz", protocol=np.zeros(3)),
+    ),
+}
+
+
+def halved():
+    def change(content):
+        for part in ("model", "ema"):
+            content[part] = {name: value.half() for name, value in content[part].items()}
+
+    checkpoint(change)()
+
+
+@pytest.mark.parametrize("name", FINE)
+def test_odd_and_right(name, home):
+    """It ends without a message, and what was there is still there."""
+    command, before, *changing = FINE[name]
+    if before:
+        before()
+    there = contents(home)
+    with limits(20):
+        fuzz.call(command)
+    after = contents(home)
+    patterns = changing[0] if changing else ()
+    for path in there:
+        assert after.get(path) == there[path] or any(fnmatch(path, pattern) for pattern in patterns), path
+
+
+def test_every_flag_is_free_or_refused():
+    """OTHER_RUN has every flag of train_repa.py that does not belong to files.FREE_FLAGS or RESCUE_FLAGS."""
+    flags = {flag.split()[0].strip("-") for flag in OTHER_RUN["repa --out run"].replace("\n", " ").split("|")}
+    flags = {flag.strip().replace("-", "_") for flag in flags}
+    known = vars(train_repa.parse_args([])).keys()
+    assert flags == known - files.FREE_FLAGS - files.RESCUE_FLAGS
 
 
 def some_flips():
@@ -902,12 +1384,10 @@ def test_some_flips(processes):
     assert exit_code(processes, some_flips) == 0
 
 
-@pytest.mark.parametrize("name", ["sample.py", "extract_features.py"])
-def test_ctrl_c_ends_in_one_line(name, monkeypatch):
-    def pressed(*_):
+@pytest.mark.parametrize("command", ["sample run", "extract", "repa", "sddit --out runsd --steps 9"])
+def test_ctrl_c_ends_in_one_line(home, command, monkeypatch):
+    def pressed(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dit.ARCHITECTURES", {})  # sample.py adds its own class to the one that it finds
-    monkeypatch.setattr("argparse.ArgumentParser.parse_args", pressed)
-    with pytest.raises(SystemExit, match=f"^{name}: .*same command"):
-        runpy.run_path(str(fuzz.ROOT / name), run_name="__main__")
+    monkeypatch.setattr("files.launch", pressed)
+    assert "same command" in refusal(command)

@@ -125,12 +125,12 @@ def test_cls_reaches_the_decoder_only_if_asked():
 # --- losses
 
 
-def test_view_noise_is_log_normal():
-    sigma = train_sddit.view_noise((torch.arange(100_000) + 0.5) / 100_000)
+def test_sigma_from_uniform_is_log_normal():
+    sigma = train_sddit.sigma_from_uniform((torch.arange(100_000) + 0.5) / 100_000)
     assert sigma.log().mean().item() == pytest.approx(-1.2, abs=1e-3)
     assert sigma.log().std().item() == pytest.approx(1.2, abs=1e-3)
     assert sigma.median().item() == pytest.approx(math.exp(-1.2), rel=1e-3)
-    assert train_sddit.view_noise(torch.tensor([0.0, 1 - 2**-24])).isfinite().all()
+    assert train_sddit.sigma_from_uniform(torch.tensor([0.0, 1 - 2**-24])).isfinite().all()
 
 
 def test_generative_loss_is_the_weighted_error_of_the_denoiser():
@@ -175,7 +175,7 @@ def test_step_zero(cache):
     """F = 0, so L_G is the mean square of F*; the encoder returns its input tokens."""
     objective, inputs = objective_for(train_sddit, cache), batch()
     losses = objective(**inputs)
-    sigma = train_sddit.view_noise(inputs["t"]).view(-1, 1, 1, 1)
+    sigma = train_sddit.sigma_from_uniform(inputs["t"]).view(-1, 1, 1, 1)
     target = (2 * sigma * inputs["x"] - 0.5 * inputs["eps"]) / (sigma**2 + 0.25).sqrt()
     assert losses["loss_edm"].item() == pytest.approx((target**2).mean().item(), rel=1e-5)
     expected = losses["loss_edm"] + losses["loss_cls"] + losses["loss_patch"]
@@ -193,7 +193,7 @@ def test_the_whole_objective_without_chunks(cache):
     randomize(objective.teacher.requires_grad_(True), 0.2).requires_grad_(False)
     losses = objective(**inputs)
     visible = objective.choose_visible(inputs["mask_noise"])
-    sigma = train_sddit.view_noise(inputs["t"])
+    sigma = train_sddit.sigma_from_uniform(inputs["t"])
     x_s = inputs["x"] + sigma.view(-1, 1, 1, 1) * inputs["eps"]
     given = dict(drop=inputs["drop"], visible=visible, return_tokens=True)
     _, tokens = objective.model(x_s, sigma, inputs["y"], **given)
@@ -261,7 +261,7 @@ def test_teacher_and_centre_updates(cache, monkeypatch):
     objective(**inputs)
     objective(**inputs)
     objective.after_step(0, 2)
-    assert objective.centers.abs().max() > 0 and (objective.seen == 0).all()
+    assert objective.centers.abs().max() > 0 and (objective.logit_sum == 0).all()
     for name, parameter in objective.teacher.named_parameters():
         expected = 0.996 * (0.996 * before[name] + 0.004 * student[name]) + 0.004 * student[name]
         torch.testing.assert_close(parameter, expected, rtol=0, atol=1e-6)
@@ -273,7 +273,7 @@ def test_teacher_and_centre_updates(cache, monkeypatch):
 def test_a_skipped_step_does_not_poison_the_centres(cache):
     objective = randomize(objective_for(train_sddit, cache))
     objective(**batch())
-    objective.seen[1, :5] = float("nan")
+    objective.logit_sum[1, :5] = float("nan")
     objective.after_step(0, 1)
     cls, patches = objective.centers
     assert cls.isfinite().all() and cls.all() and not patches[:5].any() and patches[5:].all()
@@ -423,6 +423,6 @@ def test_noise_levels_are_shifted(cache, monkeypatch):
     objective.model.time_shift = 2.0
     objective(**inputs)
     student, teacher, student_2, teacher_2 = seen
-    torch.testing.assert_close(student, train_sddit.view_noise(inputs["t"]))
+    torch.testing.assert_close(student, train_sddit.sigma_from_uniform(inputs["t"]))
     assert torch.equal(student_2, 2 * student) and torch.equal(teacher_2, 2 * teacher)
     assert teacher.tolist() == pytest.approx(len(teacher) * [0.002])
