@@ -6,10 +6,14 @@
     SDDiT       masked encoder, decoder and EDM preconditioning of SD-DiT (2403.17004)
     NoiseDiT    a DiT that predicts the noise, used as a velocity model (2212.09748)
 
-The first three have the control conditioning of arXiv 2411.03177, and all have its transfer to a
-higher resolution. Nothing here reads a file, knows about processes or holds a loss. `build(config)`
-makes a model from the `config` of its checkpoint. State dicts are those of the official DiT / SiT /
-REPA checkpoints.
+The first three have the control conditioning of arXiv 2411.03177 and its transfer to a higher
+resolution. Nothing here reads a file, knows about processes or holds a loss. `build(config)` makes
+a model from the `config` of its checkpoint.
+
+The state dict of a plain DiT has the names and shapes of REPA's checkpoints. Those of DiT and SiT
+have twice as many output channels. Control and long residuals add tensors, and class tokens widen
+the label table. An SDDiT adds a CLS token and a decoder; its label table and its last layer have
+shapes of their own.
 
 Every file says where it deviates from a paper or from the authors' code, always in this form:
     paper: what the paper says / official code: what the authors' code does / here: what this file
@@ -18,10 +22,11 @@ A part is left out if there is nothing to say.
 
 Shapes stand in the right margin. N: batch. C, H, W: channels, height and width of the latent.
 P: side of a patch. G = H/P: side of the grid. T = G G: number of patches. D: width of the network
-(hidden_size). K: number of class tokens. V: number of visible patches (SD-DiT).
+(hidden_size).
 """
 
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -43,56 +48,63 @@ def sincos_positions(side, width, base=None):
     """Fixed 2-D sin-cos positions of a `side` x `side` grid of tokens: float64 [side^2, width].
 
     The first half of the channels encodes the column, the second half the row. Each half holds the
-    sines, then the cosines. Position i counts as i base / side. If `base` is the grid of a model
-    trained at a lower resolution, the image keeps its extent (interpolation, arXiv 2411.03177).
-    With the default, `side`, positions continue beyond that grid (extrapolation).
-    paper: "adjusts the sampling grid" / here: without half-pixel shift.
-    ValueError if the width does not divide.
+    sines, then the cosines. Position i is encoded as i * base / side. If `base` is the grid of a
+    model trained at a lower resolution, the image keeps its extent (interpolation, arXiv
+    2411.03177). With the default, `side`, positions continue beyond that grid (extrapolation).
+    paper: it "adjusts the sampling grid" / here: positions are scaled without a half-pixel shift.
+    Raises ValueError unless the width is a multiple of 4.
     """
     if width % 4:
-        raise ValueError(f"width {width} must be a multiple of 4: sines, cosines, columns, rows")
+        raise ValueError(f"width {width} must be a multiple of 4")
     frequencies = 10000.0 ** (-np.arange(width // 4) / (width // 4))
     positions = np.arange(side) * (base or side) / side
-    angles = np.outer(positions, frequencies)                         # (side, D/4)
-    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)   # (side, D/2)
-    column = np.tile(axis, (side, 1))                                 # (side^2, D/2)
-    row = np.repeat(axis, side, axis=0)                               # (side^2, D/2)
+    angles = np.outer(positions, frequencies)                         # [side, D/4]
+    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)   # [side, D/2]
+    column = np.tile(axis, (side, 1))                                 # [side^2, D/2]
+    row = np.repeat(axis, side, axis=0)                               # [side^2, D/2]
     return np.concatenate([column, row], axis=1)
 
 
 def modulate(x, shift, scale):
-    """Shift and scale all tokens x [N, T, D] of an image alike; shift and scale are [N, D]."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    """Shifts and scales all tokens x [N, T, D] of an image alike; shift and scale are [N, 1, D]."""
+    return x * (1 + scale) + shift
 
 
 def shift_time(t, s):
-    """Time t' at which an image s times as wide looks as noisy as this one does at time t.
+    """Returns the time t' at which an image s times as wide looks as noisy as this one at time t.
 
-    A wider image averages away s^2 times more noise, so that SNR(t') = SNR(t) / s^2.
-    This is the law of arXiv 2411.03177 (figure A1) in the closed form of SD3 (2403.03206).
-    Its inverse is the shift by 1 / s.
+    SNR(t') = SNR(t) / s^2, because averaging s^2 pixels divides the variance of the noise by s^2.
+    The law is from arXiv 2411.03177 (figure A1), its closed form from SD3 (2403.03206).
+    The inverse is the shift by 1 / s.
     """
     return s * t / (1 + (s - 1) * t)
 
 
 def edm_coefficients(sigma, sigma_data=0.5):
-    """c_skip, c_out, c_in, c_noise of D = c_skip x + c_out F(c_in x, c_noise): arXiv 2206.00364."""
-    total = sigma**2 + sigma_data**2
-    c_skip = sigma_data**2 / total
-    c_out = sigma * sigma_data / total.sqrt()
-    c_in = 1 / total.sqrt()
+    """Returns EDM's c_skip, c_out, c_in, c_noise (arXiv 2206.00364), each of the shape of sigma.
+
+    The denoiser is D = c_skip x + c_out F(c_in x, c_noise).
+    """
+    variance = sigma**2 + sigma_data**2
+    std = variance.sqrt()
+    c_skip = sigma_data**2 / variance
+    c_out = sigma * sigma_data / std
+    c_in = 1 / std
     c_noise = sigma.log() / 4
     return c_skip, c_out, c_in, c_noise
 
 
 def without_autocast(tensor):
-    """A context in which autocast is off on the device of this tensor."""
+    """Returns a context in which autocast is off on the device of this tensor."""
     return torch.autocast("cuda" if tensor.is_cuda else "cpu", enabled=False)
 
 
 # ---- Embedders
 class Sinusoids(nn.Module):
-    """Numbers [...] -> [cos | sin] of angles, periods 2 pi to 2 pi 10000: [..., 2 frequencies]."""
+    """Turns values [...] into [cos | sin] of angles, [..., 2 * frequencies].
+
+    The periods grow from 2 pi towards 2 pi 10000.
+    """
 
     def __init__(self, frequencies=128):
         super().__init__()
@@ -105,10 +117,10 @@ class Sinusoids(nn.Module):
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def sinusoid_mlp(numbers, hidden_size):
-    """Two-layer MLP that reads 256 sinusoids of each number."""
+def sinusoid_mlp(values, hidden_size):
+    """Returns a two-layer MLP that reads 256 sinusoids of each of its `values`."""
     return nn.Sequential(
-        nn.Linear(256 * numbers, hidden_size),
+        nn.Linear(256 * values, hidden_size),
         nn.SiLU(),
         nn.Linear(hidden_size, hidden_size),
     )
@@ -117,8 +129,8 @@ def sinusoid_mlp(numbers, hidden_size):
 class TimestepEmbedder(nn.Module):
     """Time t -> sinusoids -> MLP.
 
-    Flow matching feeds t in [0, 1], not times 1000. In SiT and REPA this was not intended (SiT#24,
-    REPA#40), but their checkpoints need it. It is computed in fp32, also under autocast.
+    SiT and REPA feed t in [0, 1]. Their authors meant 1000 t (SiT#24, REPA#40), but their
+    checkpoints need t itself. The embedding is computed in fp32, also under autocast.
     """
 
     def __init__(self, hidden_size):
@@ -126,25 +138,26 @@ class TimestepEmbedder(nn.Module):
         self.mlp = sinusoid_mlp(1, hidden_size)
         self.sinusoids = Sinusoids()
 
-    def forward(self, t):                                             # (N,)
+    def forward(self, t):                                             # [N]
         with without_autocast(t):
-            return self.mlp(self.sinusoids(t))                        # (N, D)
+            return self.mlp(self.sinusoids(t))                        # [N, D]
 
 
 class ControlEmbedder(nn.Module):
     """Tells the network the original size, the crop and the flip of an image (arXiv 2411.03177).
 
-    So images of low resolution can be used in training without teaching blur. The condition c gains
+    A network that knows the original size can train on images of low resolution without learning
+    to draw blurred ones. The condition c gains
         gamma(t) low(h0, w0) + high(top / h0, left / w0, h / h0, w / w0, flip)
         gamma(t) = (1 - cos(pi (1 - t)^alpha)) / 2,  t = 1 noise, t = 0 data       mode "cosine"
         gamma(t) = 1, the micro-conditioning of SDXL (2307.01952)                  mode "constant"
 
     Sharpness is decided late in sampling, so the weight of the size is 0 at pure noise. Crop and
-    flip move the layout, which is decided early, so their weight is 1. A row of zeros means no
-    control: it adds 0.
-    paper: curves from 0 at t = 1 to 1 at t = 0 with a parameter alpha (figure 3) / here: a
-    power-cosine that fits them. Its formula, and the weight 1 and scale 1000 of crop and flip, are
-    reconstructed, not read.
+    flip move the layout, which is decided early, so their weight is 1. A row of zeros means that
+    there is no control: it adds 0.
+    paper: gamma rises from 0 at t = 1 to 1 at t = 0 with a parameter alpha (figure 3) / here: it is
+    a power-cosine. We could not read the formula; this one fits figure 3.
+    paper: we could not read the weight and the scale of crop and flip / here: they are 1 and 1000.
     """
 
     def __init__(self, hidden_size, mode="cosine", alpha=1.0):
@@ -159,29 +172,29 @@ class ControlEmbedder(nn.Module):
         self.low = sinusoid_mlp(2, hidden_size)
         self.high = sinusoid_mlp(5, hidden_size)
 
-    def gamma(self, t):                                               # (N,)
+    def gamma(self, t):                                               # [N]
         if self.mode == "constant":
             return torch.ones_like(t)
-        return (1 - torch.cos(torch.pi * (1 - t).clamp(0, 1) ** self.alpha)) / 2
+        angle = torch.pi * (1 - t).clamp(0, 1) ** self.alpha
+        return (1 - angle.cos()) / 2
 
     def forward(self, control, t):
-        """control [N, 7]: h0, w0, top, left, h, w in original pixels, flip 0 or 1; t [N]: time.
+        """Returns what c gains, [N, D] in fp32, from control [N, 7] at times t [N].
 
-        Returns what c gains: [N, D] in fp32.
+        control: h0, w0, top, left, h, w in pixels of the original image, and flip, which is 0 or 1.
         """
         with without_autocast(t):
-            h0, w0, top, left, h, w, flip = control.float().unbind(1)  # (N,) each
-            height = h0.clamp(min=1)  # no 0 / 0 in a row of zeros
-            width = w0.clamp(min=1)
+            h0, w0, top, left, h, w, flip = control.float().unbind(1)  # [N] each
+            given = (h0 > 0).unsqueeze(1)                             # [N, 1]
+            h0 = h0.clamp(min=1)  # avoids 0 / 0 in a row of zeros
+            w0 = w0.clamp(min=1)
 
-            size = torch.stack([h0, w0], dim=1).clamp(max=4096)
-            fractions = [top / height, left / width, h / height, w / width, flip]
-            layout = 1000 * torch.stack(fractions, dim=1)             # (N, 5)
-            low = self.low(self.sinusoids(size).flatten(1))           # (N, D)
-            high = self.high(self.sinusoids(layout).flatten(1))       # (N, D)
-
-            given = (h0 > 0).unsqueeze(1)
-            return given * (self.gamma(t.float()).unsqueeze(1) * low + high)
+            size = torch.stack([h0, w0], dim=1).clamp(max=4096)       # [N, 2]
+            layout = torch.stack([top / h0, left / w0, h / h0, w / w0, flip], dim=1)
+            low = self.low(self.sinusoids(size).flatten(1))           # [N, D]
+            high = self.high(self.sinusoids(1000 * layout).flatten(1))
+            gamma = self.gamma(t.float()).unsqueeze(1)                # [N, 1]
+            return given * (gamma * low + high)
 
 
 class LabelEmbedder(nn.Module):
@@ -191,16 +204,22 @@ class LabelEmbedder(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.dropout_prob = dropout_prob
-        rows = num_classes + (1 if dropout_prob > 0 else 0)           # one more for the null class
+        rows = num_classes
+        if dropout_prob > 0:
+            rows += 1  # the null class
         self.embedding_table = nn.Embedding(rows, hidden_size)
 
     def forward(self, y, drop=None):
-        """drop [N] bool: labels that become null; training draws it with `dropout_prob`."""
+        """Embeds labels y [N]. drop [N] bool: labels to replace by the null class.
+
+        Training draws `drop` with the probability `dropout_prob`.
+        """
         if drop is not None and self.dropout_prob > 0:
             y = torch.where(drop, self.num_classes, y)
-        return self.embed(y)                                          # (N, D)
+        return self.embed(y)                                          # [N, D]
 
     def embed(self, y):
+        """Looks labels up, null ones too. ZeroNullLabelEmbedder overrides this."""
         return self.embedding_table(y)
 
 
@@ -217,30 +236,36 @@ class ZeroNullLabelEmbedder(LabelEmbedder):
 
 
 # ---- Block and final layer
+PlainNorm = partial(nn.LayerNorm, elementwise_affine=False, eps=1e-6)
+TanhGELU = partial(nn.GELU, approximate="tanh")
+
+
 class DiTBlock(nn.Module):
-    """adaLN-Zero block: c, of width cond_size, gives shift, scale and gate of both branches."""
+    """adaLN-Zero block: the condition c [N, cond_size] sets shift, scale and gate of both branches.
+
+    cond_size is hidden_size by default. Raises ValueError unless num_heads divides hidden_size.
+    """
 
     def __init__(self, hidden_size, num_heads, mlp_ratio=4.0, qk_norm=False, cond_size=None):
         super().__init__()
         if hidden_size % num_heads:
             raise ValueError(f"width {hidden_size} does not divide into {num_heads} heads")
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm1 = PlainNorm(hidden_size)
         self.attn = Attention(
             hidden_size, num_heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=nn.LayerNorm
         )
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        mlp_size = int(hidden_size * mlp_ratio)
-        self.mlp = Mlp(hidden_size, mlp_size, act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.norm2 = PlainNorm(hidden_size)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=TanhGELU)
         self.adaLN_modulation = nn.Sequential(
             nn.SiLU(),
             nn.Linear(cond_size or hidden_size, 6 * hidden_size),
         )
 
-    def forward(self, x, c):                                          # (N, T, D), (N, D)
-        modulation = self.adaLN_modulation(c)                         # (N, 6 D)
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
-        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))
-        x = x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
+    def forward(self, x, c):                                          # [N, T, D], [N, D]
+        modulation = self.adaLN_modulation(c).unsqueeze(1)            # [N, 1, 6 D]
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=2)
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))
+        x = x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
         return x
 
 
@@ -249,7 +274,7 @@ class FinalLayer(nn.Module):
 
     def __init__(self, hidden_size, out_size, cond_size=None):
         super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm_final = PlainNorm(hidden_size)
         self.linear = nn.Linear(hidden_size, out_size)
         self.adaLN_modulation = nn.Sequential(
             nn.SiLU(),
@@ -257,16 +282,20 @@ class FinalLayer(nn.Module):
         )
 
     def forward(self, x, c):
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))  # (N, T, out_size)
+        shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=2)
+        return self.linear(modulate(self.norm_final(x), shift, scale))  # [N, T, out_size]
 
 
 # ---- Architectures
 class DiT(nn.Module):
-    """Diffusion transformer with adaLN-Zero blocks. Keyword arguments are the official ones.
+    """Diffusion transformer with adaLN-Zero blocks.
 
-    It predicts as many channels as it reads, as in REPA. (DiT and SiT add variance channels.)
+    It predicts as many channels as it reads, as REPA does; DiT and SiT add channels for the
+    variance. The keyword arguments up to qk_norm have the official names; those from control on are
+    our own.
     """
+
+    first_time = 1.0  # where sampling starts: pure noise
 
     def __init__(
         self,
@@ -282,11 +311,11 @@ class DiT(nn.Module):
         qk_norm=False,
         control="none",  # or constant, or cosine: see ControlEmbedder
         control_alpha=1.0,
-        class_tokens=0,  # 0 adds the class to c, K feeds it as K extra tokens
+        class_tokens=0,  # 0 adds the class to c; K > 0 feeds it as K tokens before the patches
         pos_base=None,  # see sincos_positions
         time_shift=1.0,  # see shift_time
     ):
-        """ValueError if the sizes do not divide, or if control or control_alpha is out of range."""
+        """Raises ValueError if sizes do not divide, or if control or control_alpha is invalid."""
         super().__init__()
         if input_size % patch_size:
             raise ValueError(
@@ -316,13 +345,16 @@ class DiT(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self):
-        """Xavier, small normal embeddings, and the zeros of adaLN-Zero: the first output is 0."""
+        """Draws the first weights: Xavier for layers, small normal numbers for embeddings.
+
+        The zeros of adaLN-Zero make the first output 0.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
-        for module in self.modules():
+        for module in self.modules():  # again, because Xavier would overwrite the zeros
             if isinstance(module, (DiTBlock, FinalLayer)):
                 nn.init.zeros_(module.adaLN_modulation[-1].weight)
             if isinstance(module, FinalLayer):
@@ -335,79 +367,88 @@ class DiT(nn.Module):
         for layer in (self.y_embedder.embedding_table, mlp[0], mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
 
-        if self.control_embedder:
+        if self.control_embedder is not None:
             for mlp in (self.control_embedder.low, self.control_embedder.high):
                 nn.init.normal_(mlp[0].weight, std=0.02)
                 nn.init.zeros_(mlp[2].weight)
 
     def positions(self, width):
-        """The fixed position table of this model's grid."""
+        """Returns the fixed position table [1, T, width] of this model's grid."""
         table = sincos_positions(self.grid, width, self.pos_base)
-        table = torch.tensor(table[None], dtype=torch.float32)        # (1, T, width)
+        table = torch.tensor(table[None], dtype=torch.float32)
         return nn.Parameter(table, requires_grad=False)
 
     def condition(self, t, unshifted_t, y, drop, control):
-        """Condition c [N, D], and the class tokens [N, K, D] that go before the patches.
+        """Returns the condition c [N, D] and the K class tokens [N, K, D] that precede the patches.
 
-        t [N] is embedded. unshifted_t [N], the time before any shift, weighs the control vector.
+        t [N] is embedded. unshifted_t [N], the time before any shift (see shift_time), weighs the
+        control: it says how noisy an image looks, at every resolution.
         """
-        c = self.t_embedder(t)                                        # (N, D)
-        classes = self.y_embedder(y, drop)                            # (N, D) or (N, K D)
-        if self.control_embedder and control is not None:
+        c = self.t_embedder(t)                                        # [N, D]
+        classes = self.y_embedder(y, drop)                            # [N, D] or [N, K D]
+        if self.control_embedder is not None and control is not None:
             c = c + self.control_embedder(control, unshifted_t)
         if self.class_tokens:
             return c, classes.unflatten(1, (self.class_tokens, self.hidden_size))
-        no_tokens = c.new_empty(len(c), 0, self.hidden_size)  # the caller can always concatenate
-        return c + classes, no_tokens
+        # no class tokens: an empty sequence, so that torch.cat needs no branch
+        return c + classes, c.new_empty(len(c), 0, self.hidden_size)
 
-    def unpatchify(self, x):                                          # (N, T, P*P*C)
+    def unpatchify(self, x):                                          # [N, T, P*P*C]
         G, P, C = self.grid, self.patch_size, self.in_channels
-        x = x.reshape(-1, G, G, P, P, C).permute(0, 5, 1, 3, 2, 4)    # (N, C, G, P, G, P)
-        return x.reshape(-1, C, G * P, G * P)                         # (N, C, H, W)
+        x = x.reshape(-1, G, G, P, P, C).permute(0, 5, 1, 3, 2, 4)    # [N, C, G, P, G, P]
+        return x.reshape(-1, C, G * P, G * P)                         # [N, C, H, W]
 
     def run_block(self, block, x, c):
-        """Every transformer block of every architecture is run here, those of SD-DiT's decoder too.
+        """Runs a block. Every block of every architecture passes here, also in SD-DiT's decoder.
 
-        This is the place for gradient checkpointing: return
-        torch.utils.checkpoint.checkpoint(block, x, c, use_reentrant=False) instead.
+        For gradient checkpointing, return this instead:
+            torch.utils.checkpoint.checkpoint(block, x, c, use_reentrant=False)
         """
         return block(x, c)
 
     def run_blocks(self, x, c):
-        """Yields the tokens [N, K + T, D] after each block."""
+        """Yields the tokens after each block: K class tokens, then T patches, [N, K + T, D]."""
         for block in self.blocks:
             x = self.run_block(block, x, c)
             yield x
 
-    def forward(self, x, t, y, drop=None, control=None, return_blocks=None):
-        """Velocity of noisy latents x [N, C, H, W] at times t [N] (1 is noise) for classes y [N].
+    def last_tokens(self, x, c, return_blocks=()):
+        """Returns the tokens after the last block, and {b: the tokens after block b} as asked for.
 
-        drop [N] bool: labels replaced by the null class. control [N, 7]: see ControlEmbedder.
-        return_blocks: numbers of blocks, from 1. The result is then the velocity and a list of the
-        tokens [N, T, D] after these blocks, in this order. KeyError if there is no such block.
+        Other tokens are not kept, because sampling has no use for them.
+        """
+        kept = {}
+        for b, tokens in enumerate(self.run_blocks(x, c), start=1):
+            if b in return_blocks:
+                kept[b] = tokens                                      # [N, K + T, D]
+        return tokens, kept
+
+    def forward(self, x, t, y, drop=None, control=None, return_blocks=None):
+        """Returns the velocity [N, C, H, W] of noisy latents x at times t [N] for classes y [N].
+
+        t = 1 is noise. drop [N] bool: labels to replace by the null class. control [N, 7]: see
+        ControlEmbedder. return_blocks: numbers of blocks, counted from 1. With them, it returns the
+        velocity and a list of the tokens [N, T, D] after these blocks, in this order.
+        Raises KeyError if there is no such block.
         """
         unshifted_t = shift_time(t, 1 / self.time_shift)
         c, classes = self.condition(t, unshifted_t, y, drop, control)
-        patches = self.x_embedder(x) + self.pos_embed                 # (N, T, D)
-        h = torch.cat([classes, patches], dim=1)                      # (N, K + T, D)
+        patches = self.x_embedder(x) + self.pos_embed                 # [N, T, D]
+        h = torch.cat([classes, patches], dim=1)                      # [N, K + T, D]
 
-        outputs = {}
-        for number, tokens in enumerate(self.run_blocks(h, c), start=1):
-            if return_blocks is not None and number in return_blocks:
-                outputs[number] = tokens                              # (N, K + T, D)
+        h, kept = self.last_tokens(h, c, return_blocks or ())
 
         K = self.class_tokens
-        v = self.unpatchify(self.final_layer(tokens[:, K:], c))       # (N, C, H, W)
+        v = self.unpatchify(self.final_layer(h[:, K:], c))            # [N, C, H, W]
         if return_blocks is None:
             return v
-        return v, [outputs[number][:, K:] for number in return_blocks]
+        return v, [kept[b][:, K:] for b in return_blocks]
 
 
 class LongResidual(nn.Module):
-    """R_k of DiverseDiT: Linear(LayerNorm([stream; skip])) replaces the stream.
+    """R of DiverseDiT: x <- Linear(LayerNorm([x, skip])), without an identity path.
 
-    There is no identity path. At initialisation its output has RMS sqrt(4/3), whatever the scale of
-    its input.
+    At initialisation its output has RMS sqrt(4/3), whatever the scale of its input.
     """
 
     def __init__(self, hidden_size):
@@ -417,7 +458,7 @@ class LongResidual(nn.Module):
         nn.init.xavier_uniform_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, x, skip):                                       # (N, T, D) each
+    def forward(self, x, skip):                                       # [N, T, D] each
         fused = self.linear(self.norm(torch.cat([x, skip], dim=-1)))
         return fused.to(x.dtype)  # keeps the residual stream in fp32 under autocast
 
@@ -425,17 +466,16 @@ class LongResidual(nn.Module):
 class DiverseDiT(DiT):
     """DiT whose deep half receives the inputs of the shallow half (arXiv 2603.04239, Eq. 8).
 
-    Blocks count from 1. Of L blocks, block 1 feeds block L, block 2 feeds L - 1, and so on: just
-    before block L - i runs, i = 0 .. L/2 - 1, its input is replaced by R([its input; input of block
-    1 + i]). So the last block sees the patch embedding again. A plain DiT checkpoint lacks only
-    `long_residuals`.
-    official code: train.py fuses after the block has run, with its output / here: before, because
-    Eq. 8 and its index range say so, and the authors' second model file pairs the blocks the same
-    way.
+    Blocks are counted from 1, and there are L. Just before block L - i runs, its input x becomes
+    R([x, input of block 1 + i]), for i = 0 .. L/2 - 1. So the last block sees the patch embedding
+    again. A plain DiT checkpoint lacks only `long_residuals`.
+    official code: train.py fuses after the block has run, with its output / here: R fuses before
+    the block runs, because Eq. 8 and its index range say so, and because the authors' second model
+    file pairs the blocks the same way.
     """
 
     def __init__(self, **options):
-        """ValueError if the number of blocks is odd."""
+        """Raises ValueError if the number of blocks is odd."""
         super().__init__(**options)
         depth = len(self.blocks)
         if depth % 2:
@@ -451,7 +491,7 @@ class DiverseDiT(DiT):
             if i < half:
                 skips.append(x)
             else:
-                x = self.long_residuals[i - half](x, skips.pop())     # (N, T, D)
+                x = self.long_residuals[i - half](x, skips.pop())     # [N, T, D]
             x = self.run_block(block, x, c)
             yield x
 
@@ -461,11 +501,11 @@ class SDDiT(DiT):
 
     The DiT's blocks are the encoder. Masked patches skip it and are put back, as noised embeddings,
     before the decoder, whose width is the same for every size. The network predicts F of EDM's
-    D = c_skip x + c_out F (see edm_coefficients).
-    paper: 8 decoder blocks; their width, where masked patches rejoin and the CLS path are not
-    stated / here: width 512 as in MaskDiT, masked patches rejoin at the encoder's width, and the
-    encoded CLS token is added to the decoder's condition. With the head these choices give the
-    published 740.6M parameters of XL/2.
+    D = c_skip x + c_out F (see edm_coefficients). V is the number of visible patches.
+    paper: the width of the 8 decoder blocks is not stated / here: it is 512, as in MaskDiT.
+    paper: where masked patches rejoin is not stated / here: they rejoin at the encoder's width.
+    paper: the way of the CLS token is not stated / here: encoded, it joins the decoder's condition.
+    We made these choices because, with the head, they give the published 740.6M parameters of XL/2.
     """
 
     def __init__(
@@ -474,8 +514,8 @@ class SDDiT(DiT):
         decoder_width=512,
         decoder_heads=16,
         cls_condition=True,  # False leaves the CLS token out of the decoder's condition
-        qk_norm=False,  # in both
-        **options,  # of DiT
+        qk_norm=False,  # in the encoder and in the decoder
+        **options,  # those of DiT
     ):
         super().__init__(qk_norm=qk_norm, **options)
         width = self.hidden_size
@@ -493,49 +533,50 @@ class SDDiT(DiT):
             DiTBlock(decoder_width, decoder_heads, qk_norm=qk_norm, cond_size=width)
             for _ in range(decoder_depth)
         )
-        out_size = self.patch_size**2 * self.in_channels
-        self.final_layer = FinalLayer(decoder_width, out_size, cond_size=width)
+        self.final_layer = FinalLayer(
+            decoder_width, self.patch_size**2 * self.in_channels, cond_size=width
+        )
         self.initialize_weights()
         nn.init.normal_(self.cls_token, std=0.02)
 
     def encode(self, x, sigma, y, drop=None, visible=None, control=None):
-        """Encoded tokens [N, 1 + V, D], patch embeddings [N, T, D] and condition [N, D].
+        """Returns the encoded tokens [N, 1 + V, D], all patch embeddings [N, T, D] and c [N, D].
 
         The tokens are CLS and the visible patches. visible [N, V]: their indices; None for all.
         """
         _, _, c_in, c_noise = edm_coefficients(sigma)
-        # flow matching's t at this noise level, before any shift
+        # t = s' / (1 + s') of flow matching, at the unshifted noise level s' = sigma / time_shift
         unshifted_t = sigma / (self.time_shift + sigma)
         c, classes = self.condition(c_noise, unshifted_t, y, drop, control)
 
-        patches = self.x_embedder(c_in.view(-1, 1, 1, 1) * x) + self.pos_embed  # (N, T, D)
-        seen = patches
+        patches = self.x_embedder(c_in.view(-1, 1, 1, 1) * x) + self.pos_embed
+        visible_patches = patches                                     # [N, V, D]
         if visible is not None:
-            index = visible.unsqueeze(2).expand(-1, -1, self.hidden_size)
-            seen = patches.gather(1, index)                           # (N, V, D)
-        cls = self.cls_token.expand(len(x), -1, -1)                   # (N, 1, D)
-        h = torch.cat([classes, cls, seen], dim=1)                    # (N, K + 1 + V, D)
-        for tokens in self.run_blocks(h, c):
-            h = tokens                                                # ends with the last block's
+            visible_patches = patches.take_along_dim(visible.unsqueeze(2), dim=1)
+        cls = self.cls_token.expand(len(x), -1, -1)                   # [N, 1, D]
+        h = torch.cat([classes, cls, visible_patches], dim=1)         # [N, K + 1 + V, D]
+        h, _ = self.last_tokens(h, c)
         return h[:, self.class_tokens :], patches, c
 
     def forward(self, x, t, y, drop=None, control=None, visible=None, return_tokens=False):
-        """F [N, C, H, W] of the noisy latents x at noise levels sigma = t [N] for classes y [N].
+        """Returns F [N, C, H, W] of noisy latents x at noise levels t [N] for classes y [N].
 
-        drop, control: see DiT. visible: see encode. With return_tokens, F and the encoded tokens.
+        The noise level sigma is called t here, because sample.py calls every model alike:
+        model(x, t, y). drop, control: see DiT. visible: see encode. With return_tokens, it returns
+        F and the encoded tokens.
         """
         tokens, patches, c = self.encode(x, t, y, drop, visible, control)
-        if self.cls_embedder:
+        if self.cls_embedder is not None:
             cls = nn.functional.layer_norm(tokens[:, 0], (self.hidden_size,), eps=1e-6)
             c = c + self.cls_embedder(cls)
 
-        h = tokens[:, 1:]                                             # (N, V, D)
+        h = tokens[:, 1:]                                             # [N, V, D]
         if visible is not None:
-            h = patches.scatter(1, visible.unsqueeze(2).expand_as(h), h)  # (N, T, D)
-        h = self.decoder_embed(h, c) + self.decoder_pos_embed         # (N, T, decoder_width)
+            h = patches.scatter(1, visible.unsqueeze(2).expand_as(h), h)  # [N, T, D]
+        h = self.decoder_embed(h, c) + self.decoder_pos_embed         # [N, T, decoder_width]
         for block in self.decoder_blocks:
             h = self.run_block(block, h, c)
-        output = self.unpatchify(self.final_layer(h, c))              # (N, C, H, W)
+        output = self.unpatchify(self.final_layer(h, c))              # [N, C, H, W]
         if return_tokens:
             return output, tokens
         return output
@@ -547,31 +588,32 @@ class NoiseDiT(DiT):
     The network reads x_vp = alpha x + sigma eps. Flow matching has the same image and noise in
         x_t = x_vp / (alpha + sigma)  at  t = sigma / (alpha + sigma),  so that
         v = eps - x = eps - (x_vp - sigma eps) / alpha = (eps - x_t) / (1 - t).
-    Sampling starts at `first_time`, the largest t of DiT's schedule. Below the smallest, 0.0099,
+    Since alpha^2 + sigma^2 = 1, 1 / (alpha + sigma) = hypot(1 - t, t).
+    Sampling starts at `first_time`, the largest t of DiT's schedule. Below the smallest t, 0.0099,
     the timestep stays 0.
-    official code: 250 ancestral steps in x_vp, learned variances / here: the flow's samplers, no
-    variances.
+    official code: DiT samples x_vp in 250 ancestral steps with learned variances / here: the
+    samplers of flow matching are used, because they need no variances.
     """
 
     def __init__(self, **options):
         super().__init__(**options)
         beta = np.linspace(1e-4, 2e-2, 1000)
-        alpha = np.cumprod(1 - beta) ** 0.5  # of the timesteps 0 to 999
+        alpha = np.cumprod(1 - beta) ** 0.5  # for the timesteps 0 to 999
         sigma = (1 - alpha**2) ** 0.5
         self.log_snr = 2 * np.log(alpha / sigma)
         self.first_time = float(sigma[-1] / (alpha[-1] + sigma[-1]))  # 0.9937
 
     def forward(self, x, t, y, drop=None, control=None):
-        """Velocity of x [N, C, H, W] at times t [N], 0 < t <= first_time, for classes y [N].
+        """Returns the velocity [N, C, H, W] of x at times t [N] for classes y [N].
 
-        drop: see DiT. control is ignored.
+        0 < t <= first_time. drop: see DiT. control is ignored, because DiT's own network was
+        trained without it.
         """
         log_snr = 2 * torch.log((1 - t) / t).cpu().numpy()
         timestep = np.interp(-log_snr, -self.log_snr, np.arange(1000))
-        timestep = torch.from_numpy(timestep).to(x)                   # (N,)
         t = t.view(-1, 1, 1, 1)
-        x_vp = x / torch.hypot(1 - t, t)                              # (alpha + sigma) x_t
-        eps = super().forward(x_vp, timestep, y, drop)
+        x_vp = x / torch.hypot(1 - t, t)
+        eps = super().forward(x_vp, torch.from_numpy(timestep).to(x), y, drop)
         return (eps - x) / (1 - t)
 
 
@@ -580,7 +622,10 @@ ARCHITECTURES = {"DiT": DiT, "DiverseDiT": DiverseDiT, "SDDiT": SDDiT, "NoiseDiT
 
 # ---- Building from a config
 def parse_model(name):
-    """Keyword arguments of `--model SIZE/PATCH`, e.g. "XL/2". ValueError if it does not read so."""
+    """Returns the keyword arguments that `--model SIZE/PATCH`, such as XL/2, stands for.
+
+    Raises ValueError for any other text.
+    """
     size, _, patch = name.partition("/")
     if size not in SIZES or not patch.isdecimal() or int(patch) == 0:
         raise ValueError(
@@ -596,9 +641,10 @@ def parse_model(name):
 
 
 def build(config):
-    """The model of a checkpoint's `config`: {"arch": a key of ARCHITECTURES, keyword: argument}.
+    """Builds the model of a checkpoint's `config`.
 
-    ValueError for an unknown architecture, TypeError for an unknown keyword.
+    config: {"arch": a key of ARCHITECTURES, keyword: argument, ...}.
+    Raises ValueError for an unknown architecture and TypeError for an unknown keyword.
     """
     options = dict(config)
     arch = options.pop("arch")
@@ -608,30 +654,31 @@ def build(config):
 
 
 # ---- Inheriting from another model
-def inherit_config(config, theirs):
-    """What the model of `config` takes over from one trained at another resolution (2411.03177).
+def inherit_config(config, other_config):
+    """Returns what the model of `config` takes over from one trained at another resolution.
 
-    This is the grid of its positions, and its time shift times the ratio of the two sides. The
-    ratio counts as 1 if the latents are of another kind: with another number of channels.
-    ValueError if the tokens of the two differ, so that hardly a weight would fit.
+    This is the grid of the other model's positions, and its time shift times the ratio of the two
+    sides (arXiv 2411.03177). The ratio counts as 1 if the latents are of another kind, with another
+    number of channels. Raises ValueError if patch size, width, depth or heads differ, because most
+    weights would not fit.
     """
     for key in ("patch_size", "hidden_size", "depth", "num_heads"):
-        if theirs[key] != config[key]:
+        if other_config[key] != config[key]:
             raise ValueError(
-                f"--init: {key} is {theirs[key]} there, {config[key]} in the model to train"
+                f"--init: {key} is {other_config[key]} there, {config[key]} in the model to train"
             )
-    grid = theirs["input_size"] // theirs["patch_size"]
+    grid = other_config["input_size"] // other_config["patch_size"]
     ratio = 1
-    if theirs["in_channels"] == config["in_channels"]:
-        ratio = config["input_size"] / theirs["input_size"]
+    if other_config["in_channels"] == config["in_channels"]:
+        ratio = config["input_size"] / other_config["input_size"]
     return {
-        "pos_base": theirs.get("pos_base") or grid,
-        "time_shift": theirs.get("time_shift", 1.0) * ratio,
+        "pos_base": other_config.get("pos_base") or grid,
+        "time_shift": other_config.get("time_shift", 1.0) * ratio,
     }
 
 
 def inherit_weights(model, state, same_classes=True):
-    """Copy from `state` what fits by name and shape. Returns a line that says what was loaded.
+    """Copies from `state` what fits by name and shape. Returns a line that says what was loaded.
 
     Position tables are not copied, because the model has computed its own. With same_classes=False
     the label table is not copied either, because its rows mean the classes of another data set.
@@ -659,28 +706,31 @@ def inherit_weights(model, state, same_classes=True):
 
 # ---- What a model costs
 def forward_flops(config, call="forward", **options):
-    """FLOPs of one image's forward pass, or of another method `call` of the model.
+    """Returns the FLOPs of the method `call` of a model for one image, for example of its forward.
 
     A multiply-accumulate counts as 2. The options go to the method.
     """
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        side = config["input_size"]
+    side = config["input_size"]
+    with torch.device("meta"):
+        method = getattr(build(config), call)
         x = torch.zeros(1, config["in_channels"], side, side)
         y = torch.zeros(1, dtype=torch.int64)
-        getattr(build(config), call)(x, torch.ones(1), y, **options)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            method(x, torch.ones(1), y, **options)
     return counter.get_total_flops()
 
 
 def training_memory(config, images, precision):
-    """Bytes that a training step on `images` at once needs at least; precision is "bf16" or "fp32".
+    """Returns the bytes that a training step on `images` at once needs at least.
 
-    Counted are 20 bytes per parameter (weight, gradient, Adam's two moments, average) and the 17
-    values that every block keeps for the backward pass for every token and channel. It is a lower
-    bound, unless most patches are masked.
+    precision: "bf16" or "fp32". A parameter takes 20 bytes: weight, gradient, Adam's two moments,
+    average. For the backward pass, a block keeps 20 values per token and channel: input and output
+    of its norms (4), input of its linear layers (7) and of GELU (4), q, k and v (3), and what its
+    gates scale (2). Of these, 17 are counted, so that the result is a lower bound, unless most
+    patches are masked.
     """
     with torch.device("meta"):
-        model = build(config)
-    parameters = sum(p.numel() for p in model.parameters())
+        parameters = sum(p.numel() for p in build(config).parameters())
     tokens = (config["input_size"] // config["patch_size"]) ** 2
     values = 17 * images * tokens * config["depth"] * config["hidden_size"]
     bytes_per_value = 2 if precision == "bf16" else 4

@@ -9,21 +9,22 @@
     a folder with dataset.json     as StyleGAN, EDM2 and REPA write it; its labels are the classes
     a .zip of either
     an ADM .npz                    arr_0 uint8 [N, H, W, 3], arr_1 labels
-Any number of processes share the work. After a kill, the same command continues.
+Any number of processes share the work. Run a killed command again to continue it.
 
 The cache (--out) is a folder that `CachedFeatures` reads. meta.json says what made it. Every 1,024
-images (--shard) are one file, named after the first of them: 00000000.safetensors and so on. A file
-is whole, or it is not there. Its tensors:
+images (--shard) are one file, named after the first of them: 00000000.safetensors and so on. Files
+are written beside their place and then renamed. Their tensors are:
     moments [n, V, 2C, h, w] float16    mean, then std (not log variance), of the latent
     targets [n, V, T, F] float16, int8  encoder tokens, T = (h / patch)^2; none with --encoder none
     labels  [n] int64                   index of the class
     control [n, V, 7] int32             h0, w0, top, left, h, w, flip: what the view shows
     index   [n] int64                   number of the image; only where --skip-bad left some out
-n images, V views: the centre crop; with --flip its mirror image (which is encoded: mirroring the
-latent would not do); with --crops K, K random squares. Targets and control are those of the view.
+An image has V views: the center crop; with --flip, its mirror image (the mirrored image is encoded:
+a mirrored latent is not its latent); with --crops K, K random squares. Targets and control belong
+to the view.
 
-REPA's encoders and timm's names. MAE and CLIP give their tokens before the final norm, the others
-after it:
+REPA's name -> timm's name. MAE and CLIP give their tokens before the final norm, the others give
+them after it:
     dinov2-vit-b     vit_base_patch14_dinov2.lvd142m
     dinov2reg-vit-b  vit_base_patch14_reg4_dinov2.lvd142m
     dinov1-vit-b     vit_base_patch16_224.dino
@@ -45,13 +46,11 @@ import math
 import multiprocessing
 import os
 import signal
+import statistics
 import sys
-import threading
 import zipfile
-from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 
 import huggingface_hub
@@ -71,14 +70,14 @@ from files import COUNT, UserError, explaining, number
 
 # ---- views of an image
 
-MOST_PIXELS = 2**28  # of a scaled image
+MOST_PIXELS = 2**28  # of a scaled image, which must fit into memory
 
 
 def center_crop(image, size):
-    """ADM's preprocessing: the centred `size` x `size` square of a PIL image (arXiv 2105.05233).
+    """Returns the centered `size` x `size` square of a PIL image, as ADM does (arXiv 2105.05233).
 
-    Halve with BOX while the short side is at least 2 size, scale it to `size` with BICUBIC, crop.
-    ValueError if the image is so narrow that the scaled one would fill the memory.
+    It halves the image with BOX while the short side is at least 2 size, scales that side to `size`
+    with BICUBIC, and crops. Raises ValueError if a narrow image would become larger than memory.
     """
     while min(image.size) >= 2 * size:
         half = (image.width // 2, image.height // 2)
@@ -95,36 +94,39 @@ def center_crop(image, size):
 
 
 def image_views(image, size, flip, crops, rng):
-    """The views of a PIL image, uint8 [V, 3, size, size], and their control, int32 [V, 7].
+    """Returns the views of a PIL image, uint8 [V, 3, size, size], and their control, int32 [V, 7].
 
-    Random squares have 0.4 to 1 times the area of the centred one (arXiv 2411.03177; 0.4 is ours);
-    with `flip`, half of them are mirrored. Boxes are in pixels of the image before it is mirrored.
+    Random squares have 0.4 to 1 times the area of the centered one (arXiv 2411.03177; 0.4 is ours).
+    With `flip`, half of them are mirrored. Boxes are in pixels of the image before it is mirrored.
     """
     w0, h0 = image.size
     short = min(w0, h0)
-    center = center_crop(image, size)
-    box = ((h0 - short) // 2, (w0 - short) // 2, short)              # top, left, side
-    views = [(center, box, False)]
+    top = (h0 - short) // 2
+    left = (w0 - short) // 2
+    center = np.asarray(center_crop(image, size))                    # [size, size, 3]
+    pixels = [center]
+    control = [(h0, w0, top, left, short, short, False)]
     if flip:
-        views.append((center, box, True))
+        pixels.append(center[:, ::-1])
+        control.append((h0, w0, top, left, short, short, True))
     for _ in range(crops):
         side = max(1, round(short * rng.uniform(0.4, 1) ** 0.5))
         top = rng.integers(h0 - side, endpoint=True)
         left = rng.integers(w0 - side, endpoint=True)
         square = image.crop((left, top, left + side, top + side))
+        square = np.asarray(center_crop(square, size))
         mirrored = flip and rng.random() < 0.5
-        views.append((center_crop(square, size), (top, left, side), mirrored))
-
-    pixels = []
-    control = []
-    for square, (top, left, side), mirrored in views:
-        array = np.asarray(square)                                   # (size, size, 3)
-        pixels.append(array[:, ::-1] if mirrored else array)
+        if mirrored:
+            square = square[:, ::-1]
+        pixels.append(square)
         control.append((h0, w0, top, left, side, side, mirrored))
     return np.stack(pixels).transpose(0, 3, 1, 2), np.array(control, dtype=np.int32)
 
 
 # ---- autoencoders: pixels in [-1, 1] <-> latents
+#
+# Own code stands here instead of diffusers, because an exact, small reader of its weights keeps
+# the requirements short. The attributes have diffusers' names, so that its files fit.
 
 
 class Pixels:
@@ -135,7 +137,7 @@ class Pixels:
     scale = 1.0
     shift = 0.0
 
-    def encode(self, images):                                        # (N, 3, H, W) in [-1, 1]
+    def encode(self, images):                                        # [N, 3, H, W]
         return images, torch.zeros_like(images)
 
     def decode(self, latents):
@@ -179,7 +181,7 @@ class AttentionBlock(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(c, c))
 
     def forward(self, x):
-        h = self.group_norm(x).flatten(2).mT.unsqueeze(1)            # (N, 1, H W, C)
+        h = self.group_norm(x).flatten(2).mT.unsqueeze(1)            # [N, 1, H W, C]
         h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
         return x + self.to_out(h).squeeze(1).mT.reshape(x.shape)
 
@@ -187,69 +189,61 @@ class AttentionBlock(nn.Module):
 class MiddleBlock(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.resnets = nn.ModuleList([ResnetBlock(c, c), ResnetBlock(c, c)])
-        self.attentions = nn.ModuleList([AttentionBlock(c)])
+        self.resnets = nn.Sequential(ResnetBlock(c, c), ResnetBlock(c, c))
+        self.attentions = nn.Sequential(AttentionBlock(c))
 
     def forward(self, x):
         x = self.resnets[0](x)
-        x = self.attentions[0](x)
+        x = self.attentions(x)
         return self.resnets[1](x)
 
 
-def named(**layers):
-    return nn.Sequential(OrderedDict(layers))
+# The networks below are nn.Sequential: they apply their attributes in the order of assignment.
 
 
-def down_block(c_in, c_out, last):
-    block = named(resnets=nn.Sequential(ResnetBlock(c_in, c_out), ResnetBlock(c_out, c_out)))
-    if not last:
-        pad = nn.ZeroPad2d((0, 1, 0, 1))
-        conv = nn.Conv2d(c_out, c_out, 3, stride=2)
-        block.add_module("downsamplers", nn.Sequential(named(pad=pad, conv=conv)))
-    return block
+def downsample(c):
+    layer = nn.Sequential()
+    layer.pad = nn.ZeroPad2d((0, 1, 0, 1))
+    layer.conv = nn.Conv2d(c, c, 3, stride=2)
+    return nn.Sequential(layer)
 
 
-def up_block(c_in, c_out, last):
-    first = ResnetBlock(c_in, c_out)
-    resnets = nn.Sequential(first, ResnetBlock(c_out, c_out), ResnetBlock(c_out, c_out))
-    block = named(resnets=resnets)
-    if not last:
-        upsample = nn.Upsample(scale_factor=2.0)
-        conv = conv3(c_out, c_out)
-        block.add_module("upsamplers", nn.Sequential(named(upsample=upsample, conv=conv)))
-    return block
+def upsample(c):
+    layer = nn.Sequential()
+    layer.upsample = nn.Upsample(scale_factor=2.0)
+    layer.conv = conv3(c, c)
+    return nn.Sequential(layer)
 
 
-def stack(block, widths):
-    """A block for each width. All but the last one change the resolution."""
+def levels(widths, depth, name, resample):
+    """Returns a level for each width: `depth` residual blocks, then `resample`, called `name`.
+
+    The last level does not change the resolution.
+    """
     blocks = nn.Sequential()
-    for i, (before, width) in enumerate(pairwise([widths[0], *widths])):
-        blocks.append(block(before, width, last=i == len(widths) - 1))
+    c_in = widths[0]
+    for c_out in widths:
+        level = nn.Sequential()
+        level.resnets = nn.Sequential(ResnetBlock(c_in, c_out))
+        for _ in range(depth - 1):
+            level.resnets.append(ResnetBlock(c_out, c_out))
+        level.add_module(name, resample(c_out))
+        blocks.append(level)
+        c_in = c_out
+    delattr(blocks[-1], name)
     return blocks
 
 
-def conv_encoder(widths):
-    """Images [N, 3, H, W] -> [N, 8, H/8, W/8]. Modules are named as in diffusers."""
-    return named(
-        conv_in=conv3(3, widths[0]),
-        down_blocks=stack(down_block, widths),
-        mid_block=MiddleBlock(widths[-1]),
-        conv_norm_out=group_norm(widths[-1]),
-        act=nn.SiLU(),
-        conv_out=conv3(widths[-1], 8),
-    )
-
-
-def conv_decoder(widths):
-    """Latents [N, 4, h, w] -> images [N, 3, 8 h, 8 w]; widths from the latents to the images."""
-    return named(
-        conv_in=conv3(4, widths[0]),
-        mid_block=MiddleBlock(widths[0]),
-        up_blocks=stack(up_block, widths),
-        conv_norm_out=group_norm(widths[-1]),
-        act=nn.SiLU(),
-        conv_out=conv3(widths[-1], 3),
-    )
+def conv_network(c_in, widths, c_out, **middle):
+    """Returns a network: convolution, the `middle` modules in their order, convolution."""
+    network = nn.Sequential()
+    network.conv_in = conv3(c_in, widths[0])
+    for name, module in middle.items():
+        network.add_module(name, module)
+    network.conv_norm_out = group_norm(widths[-1])
+    network.act = nn.SiLU()
+    network.conv_out = conv3(widths[-1], c_out)
+    return network
 
 
 class AutoencoderKL(nn.Module):
@@ -266,95 +260,106 @@ class AutoencoderKL(nn.Module):
 
     def __init__(self, widths=(128, 256, 512, 512)):
         super().__init__()
-        self.encoder = conv_encoder(widths)
+        self.encoder = conv_network(
+            3,
+            widths,
+            8,
+            down_blocks=levels(widths, 2, "downsamplers", downsample),
+            mid_block=MiddleBlock(widths[-1]),
+        )
         self.quant_conv = nn.Conv2d(8, 8, 1)
-        self.decoder = conv_decoder(widths[::-1])
+        widths = widths[::-1]  # from the latents to the images
+        self.decoder = conv_network(
+            4,
+            widths,
+            3,
+            mid_block=MiddleBlock(widths[0]),
+            up_blocks=levels(widths, 3, "upsamplers", upsample),
+        )
         self.post_quant_conv = nn.Conv2d(4, 4, 1)
         self.eval().requires_grad_(False)
 
-    def slices(self, batch, side):
-        return batch.split(max(1, self.pixels_at_once // side**2))
-
     def encode(self, images):
         """Images [N, 3, H, W] in [-1, 1] -> mean and std [N, 4, H/8, W/8], not scaled."""
-        moments = []
-        for x in self.slices(images, max(images.shape[2:])):
-            moments.append(self.quant_conv(self.encoder(x)))
-        mean, log_variance = torch.cat(moments).chunk(2, dim=1)
+        networks = nn.Sequential(self.encoder, self.quant_conv)
+        moments = self.in_slices(networks, images, pixels=1)
+        mean, log_variance = moments.chunk(2, dim=1)
         return mean, torch.exp(0.5 * log_variance.clamp(-30, 20))
 
     def decode(self, latents):
         """Latents [N, 4, h, w], not scaled -> images [N, 3, 8 h, 8 w], about in [-1, 1]."""
-        images = []
-        for z in self.slices(latents, 8 * max(latents.shape[2:])):
-            images.append(self.decoder(self.post_quant_conv(z)))
-        return torch.cat(images)
+        networks = nn.Sequential(self.post_quant_conv, self.decoder)
+        return self.in_slices(networks, latents, pixels=64)
 
-
-def load_autoencoder(name, device="cpu"):
-    """The autoencoder of a hub repository, or of a local folder or file; Pixels for the name none.
-
-    The result has channels, downsampling, scale, shift, encode and decode; models see
-    (latent - shift) * scale. UserError if the weights cannot be had or are of another architecture.
-    """
-    if name == "none":
-        return Pixels()
-    autoencoder = AutoencoderKL()
-    path = find_autoencoder(name)
-
-    config = {}
-    if path.with_name("config.json").exists():
-        with explaining(f"--vae {name}: damaged config.json", "copy or download it again"):
-            config = dict(json.loads(path.with_name("config.json").read_text()))
-    kind = config.get("_class_name", "AutoencoderKL")
-    if kind != "AutoencoderKL":
-        raise UserError(f"--vae {name}: is of class {kind}; pass an AutoencoderKL")
-    autoencoder.scale = config.get("scaling_factor") or autoencoder.scale
-    autoencoder.shift = config.get("shift_factor") or autoencoder.shift
-
-    weights = read_weights(path)
-    what = f"--vae {name}: weights of another architecture"
-    with explaining(what, "pass those of Stable Diffusion's autoencoder"):
-        autoencoder.load_state_dict(modern_names(weights))
-    return autoencoder.to(device)
+    def in_slices(self, networks, batch, pixels):
+        """Applies networks to slices of a batch, whose positions stand for so many pixels each."""
+        size = max(1, self.pixels_at_once // (pixels * batch.shape[2:].numel()))
+        return torch.cat([networks(part) for part in batch.split(size)])
 
 
 OFFLINE = "HF_HUB_OFFLINE=1 skips the wait"
 
 
-def find_autoencoder(name):
-    """The path of the weights of a folder, a file or a hub repository."""
-    path = Path(name)
+def load_autoencoder(name, device="cpu"):
+    """Returns the autoencoder of a hub repository, a folder or a file, or Pixels for the name none.
+
+    The result has channels, downsampling, scale, shift, encode and decode; models see
+    (latent - shift) * scale. Raises UserError if the weights cannot be had, or if they are of
+    another architecture.
+    """
+    if name == "none":
+        return Pixels()
     file = "diffusion_pytorch_model.safetensors"
-    if path.is_file():
-        return path
+    path = Path(name)
     if path.is_dir():
-        return path / file
-    remedy = f"pass a folder or file with its {file}, or --vae none for pixels; {OFFLINE}"
-    with explaining(f"--vae {name}: cannot be downloaded", remedy):
-        huggingface_hub.hf_hub_download(name, "config.json")  # into the folder of the weights
-        return Path(huggingface_hub.hf_hub_download(name, file))
+        path = path / file
+    elif not path.is_file():
+        remedy = f"pass a folder or file with its {file}, or --vae none for pixels; {OFFLINE}"
+        with explaining(f"--vae {name}: cannot be downloaded", remedy):
+            huggingface_hub.hf_hub_download(name, "config.json")  # into the folder of the weights
+            path = Path(huggingface_hub.hf_hub_download(name, file))
+
+    config = {}
+    config_file = path.with_name("config.json")
+    if config_file.exists():
+        with explaining(f"--vae {name}: damaged config.json", "copy or download it again"):
+            config = dict(json.loads(config_file.read_text()))
+    kind = config.get("_class_name", "AutoencoderKL")
+    if kind != "AutoencoderKL":
+        raise UserError(f"--vae {name}: is of class {kind}; pass an AutoencoderKL")
+
+    autoencoder = AutoencoderKL()
+    autoencoder.scale = config.get("scaling_factor") or autoencoder.scale
+    autoencoder.shift = config.get("shift_factor") or autoencoder.shift
+    weights = read_weights(path)
+    remedy = "pass those of Stable Diffusion's autoencoder"
+    with explaining(f"--vae {name}: weights of another architecture", remedy):
+        autoencoder.load_state_dict(modern_names(weights))
+    return autoencoder.to(device)
 
 
 def modern_names(weights):
-    """Older files name the layers of the attention otherwise and store them as 1x1 convolutions."""
+    """Returns weights as diffusers names them today.
+
+    Older files have other names for the layers of the attention, stored as 1x1 convolutions.
+    """
     renamed = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     state = {}
     for key, value in weights.items():
         for old, new in renamed.items():
             key = key.replace(f"attentions.0.{old}.", f"attentions.0.{new}.")
-        if "attentions.0.to_" in key and value.ndim == 4:
-            value = value.flatten(1)
+        if "attentions.0.to_" in key:
+            value = value.squeeze()
         state[key] = value
     return state
 
 
 def read_weights(path):
-    """The dict in a .safetensors or PyTorch file. UserError if there is none."""
+    """Returns the dict in a .safetensors or PyTorch file. Raises UserError if there is none."""
     with explaining(f"{path}: not readable as weights", "copy or download it again"):
         if str(path).endswith(".safetensors"):
             return safetensors.torch.load_file(path)
-        return dict(torch.load(path, map_location="cpu", weights_only=True).items())
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
 # ---- encoders: pixels -> one target vector per token
@@ -375,24 +380,26 @@ class HOG:
         self.grid = grid
         self.widths = [9 * self.bins + 1]
 
-    def __call__(self, images):                                      # (N, 3, H, W) uint8
+    def __call__(self, images):                                      # [N, 3, H, W]
         grey = images.float().mean(1, keepdim=True) / 255
         grey = F.pad(grey, (1, 1, 1, 1), mode="replicate")
-        dx = (grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2]) / 2        # (N, 1, H, W)
+        dx = (grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2]) / 2        # [N, 1, H, W]
         dy = (grey[..., 2:, 1:-1] - grey[..., :-2, 1:-1]) / 2
-        angle = torch.atan2(dy, dx).remainder(torch.pi) / torch.pi * self.bins  # in [0, bins]
+        angle = torch.atan2(dy, dx).remainder(torch.pi)
+        position = angle / torch.pi * self.bins  # in [0, bins]
 
         # each pixel votes for the two nearest of the bins, which are periodic
-        centre = torch.arange(self.bins, device=images.device).view(1, -1, 1, 1)
-        distance = (angle - centre).abs()                            # (N, bins, H, W)
+        center = torch.arange(self.bins, device=images.device).view(-1, 1, 1)
+        distance = (position - center).abs()                         # [N, bins, H, W]
         distance = torch.minimum(distance, self.bins - distance)
         votes = torch.hypot(dx, dy) * (1 - distance).clamp(min=0)
 
-        cells = F.avg_pool2d(votes, images.shape[-1] // self.grid)   # (N, bins, G, G)
+        # the vector of a cell: its own histogram and those of its neighbours
+        cells = F.avg_pool2d(votes, images.shape[-1] // self.grid)   # [N, bins, G, G]
         cells = F.pad(cells, (1, 1, 1, 1), mode="replicate")
-        blocks = cells.unfold(2, 3, 1).unfold(3, 3, 1)               # (N, bins, G, G, 3, 3)
-        blocks = blocks.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
-        return F.normalize(F.pad(blocks, (0, 1), value=self.floor), dim=-1)  # (N, T, F)
+        blocks = F.unfold(cells, 3).mT                               # [N, T, 9 bins]
+        blocks = F.pad(blocks, (0, 1), value=self.floor)
+        return F.normalize(blocks, dim=-1)                           # [N, T, F]
 
 
 class ViT:
@@ -400,44 +407,53 @@ class ViT:
 
     The image is normalised as in the encoder's training, then scaled to grid x patch pixels
     (bicubic, no antialias); timm resamples the position table once (bicubic, antialias). Class and
-    register tokens are dropped. UserError if weights cannot be had.
+    register tokens are dropped. Raises UserError if the weights cannot be had.
     """
 
     def __init__(self, name, grid, weights=None, device="cpu"):
-        quick = name.replace("_clip_", "_clip_quickgelu_")
-        if quick != name and quick in timm.list_models(pretrained=True):
-            raise UserError(f"--encoder {name}: these weights need QuickGELU; pass {quick}")
-        unknown = (f"--encoder {name}: not a ViT that timm knows", "see timm.list_models('vit*')")
-        with explaining(*unknown), torch.device("meta"):
-            patch = timm.create_model(name).patch_embed.patch_size[0]
-        self.side = grid * patch
-        self.device = torch.device(device)
+        self.side = grid * patch_size(name)
         self.model = load_vit(name, self.side, weights).to(device).eval().requires_grad_(False)
         self.widths = [self.model.embed_dim]
         self.norm = not (".mae" in name or "_clip_" in name)
         config = timm.data.resolve_model_data_config(self.model)
         self.mean = torch.tensor(config["mean"], device=device).view(3, 1, 1)
         self.std = torch.tensor(config["std"], device=device).view(3, 1, 1)
-        with explaining(*unknown):
-            black = torch.zeros(1, 3, 8, 8, dtype=torch.uint8, device=device)
+        # fails here, not after an hour, if the tokens do not form the grid
+        with known_vit(name):
+            black = torch.zeros(1, 3, 8, 8, device=device)
             self(black).view(grid**2, *self.widths)
 
-    def __call__(self, images):                                      # (N, 3, H, W) uint8
+    def __call__(self, images):                                      # [N, 3, H, W]
         x = (images.float() / 255 - self.mean) / self.std
         x = F.interpolate(x, size=(self.side, self.side), mode="bicubic")
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            [tokens] = self.model.forward_intermediates(
+        with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
+            tokens = self.model.forward_intermediates(
                 x, indices=1, norm=self.norm, output_fmt="NLC", intermediates_only=True
-            )
-        return tokens.float()                                        # (N, T, F)
+            )[0]
+        return tokens.float()                                        # [N, T, F]
+
+
+def known_vit(name):
+    """Returns a context that says that timm has no such ViT if anything fails inside."""
+    remedy = "see timm.list_models('vit*')"
+    return explaining(f"--encoder {name}: not a ViT that timm knows", remedy)
+
+
+def patch_size(name):
+    """Returns the patch size of a timm ViT. Raises UserError if `name` is none, or a wrong CLIP."""
+    quick = name.replace("_clip_", "_clip_quickgelu_")
+    if quick != name and quick in timm.list_models(pretrained=True):
+        raise UserError(f"--encoder {name}: these weights need QuickGELU; pass {quick}")
+    with known_vit(name), torch.device("meta"):
+        return timm.create_model(name).patch_embed.patch_size[0]
 
 
 def load_vit(name, side, file=None):
-    """A timm ViT for images of `side` pixels, with the hub's weights or those of a file."""
+    """Returns a timm ViT for images of `side` pixels, with the hub's weights or those of a file."""
     options = {"pretrained": True, "num_classes": 0, "img_size": side}
     if file is None:
-        what = f"--encoder {name}: its weights cannot be downloaded"
-        with explaining(what, f"pass --encoder-weights FILE; {OFFLINE}"):
+        remedy = f"pass --encoder-weights FILE; {OFFLINE}"
+        with explaining(f"--encoder {name}: its weights cannot be downloaded", remedy):
             return timm.create_model(name, **options)
 
     weights = read_weights(file)
@@ -455,22 +471,27 @@ def load_vit(name, side, file=None):
 class Encoders:
     """Encoders side by side: uint8 images [N, 3, H, W] -> tokens [N, grid^2, sum of `widths`].
 
-    names: hog or timm ViTs, with commas between; weights: files for the ViTs, likewise. An encoder
-    of your own needs a list `widths` and __call__(uint8 images [N, 3, H, W]) -> tokens [N, T, F].
+    names: hog or timm ViTs, with commas between, or none; weights: files for the ViTs, likewise. An
+    encoder of your own needs a list `widths` (empty: no tokens) and the method
+    __call__(uint8 images [N, 3, H, W]) -> tokens [N, T, F].
     """
 
     def __init__(self, names, grid, weights=None, device="cpu"):
-        names = names.split(",")
-        paths = weights.split(",") if weights else []
-        vits = [name for name in names if name != "hog"]
-        if paths and len(paths) != len(vits):
-            found = f"{len(paths)} files for {len(vits)} encoders with weights"
-            raise UserError(f"--encoder-weights: {found}; name one for each")
-        paths = dict(zip(vits, paths, strict=False))
+        names = [] if names == "none" else names.split(",")
+        num_vits = len(names) - names.count("hog")
+        paths = weights.split(",") if weights else [None] * num_vits
+        if names and len(paths) != num_vits:
+            raise UserError(
+                f"--encoder-weights: {len(paths)} files for {num_vits} encoders with weights;"
+                " name one for each"
+            )
         self.encoders = []
         self.widths = []
         for name in names:
-            encoder = HOG(grid) if name == "hog" else ViT(name, grid, paths.get(name), device)
+            if name == "hog":
+                encoder = HOG(grid)
+            else:
+                encoder = ViT(name, grid, paths.pop(0), device)
             self.encoders.append(encoder)
             self.widths += encoder.widths
 
@@ -479,12 +500,17 @@ class Encoders:
 
 
 def to_int8(targets):
-    """Tokens [..., F] scaled to fill int8: REPA's loss only sees their direction, which remains."""
+    """Scales tokens [..., F] to fill int8.
+
+    Scaling keeps the direction, which is all that REPA's loss sees.
+    """
     largest = targets.abs().amax(-1, keepdim=True).clamp(min=1e-12)
     return (targets / largest * 127).round().to(torch.int8)
 
 
 # ---- the reader of a cache
+
+TABLE_ROWS = 50  # images per class in control_table: 1.4 MB in a checkpoint of 1,000 classes
 
 
 class CachedFeatures(Dataset):
@@ -492,7 +518,7 @@ class CachedFeatures(Dataset):
 
     meta: meta.json, and the entries `images` (their number) and `empty_classes` (indices); labels:
     int64 [images]; views: V; names: the tensors that are read.
-    UserError unless `path` holds a complete cache, with targets if they are wanted.
+    Raises UserError unless `path` holds a complete cache, with targets if they are wanted.
     """
 
     def __init__(self, path, targets=True, control=True):
@@ -504,40 +530,40 @@ class CachedFeatures(Dataset):
             self.names.append("control")
         if targets:
             self.names.append("targets")
-        if targets and not self.meta["target_widths"]:
-            raise UserError(f"{path}: the cache has no targets; extract it with an --encoder")
+            if not self.meta["target_widths"]:
+                raise UserError(f"{path}: the cache has no targets; extract it with an --encoder")
 
-        labels = []
-        self.shards = []  # dicts of arrays, with a row for each view
-        for start in range(0, self.meta["count"], self.meta["shard"]):
-            tensors = open_shard(shard_file(path, start), self.meta)
-            labels.append(tensors["labels"])
+        self.shards = []  # a dict of arrays for each file, in which every view has its row
+        for indices in split(range(self.meta["count"]), self.meta["shard"]):
+            tensors = open_shard(shard_file(path, indices.start), self.meta)
             tensors["labels"] = tensors["labels"].view(-1, 1).expand(-1, self.views)
-            rows = {name: tensors[name].flatten(0, 1).numpy() for name in self.names}
-            self.shards.append(rows)
-        self.labels = torch.cat(labels).numpy()
+            self.shards.append({name: tensors[name].flatten(0, 1).numpy() for name in self.names})
+        sizes = [len(shard["labels"]) for shard in self.shards]
+        self.starts = np.cumsum(sizes) - sizes  # the first item of each file
+        self.labels = np.concatenate([shard["labels"][:: self.views] for shard in self.shards])
         # what the files say beyond meta.json: the number of readable images, classes without one
-        classes = range(len(self.meta["classes"]))
         self.meta["images"] = len(self.labels)
-        self.meta["empty_classes"] = sorted(set(classes) - set(self.labels.tolist()))
-        sizes = [len(rows["labels"]) for rows in self.shards]
-        self.starts = np.cumsum([0, *sizes[:-1]])  # the first item of each shard
+        classes = range(len(self.meta["classes"]))
+        self.meta["empty_classes"] = np.setdiff1d(classes, self.labels).tolist()
 
     def model_options(self, patch):
-        """Keywords of a model for this cache: input_size, in_channels, num_classes.
+        """Returns keywords of a model for this cache: input_size, in_channels, num_classes.
 
-        UserError if its patches do not fit the latents, or its tokens are not those of the targets.
+        Raises UserError if its patches do not fit the latents, or its tokens the targets.
         """
         side = self.meta["latent_side"]
         grid = self.meta["grid"]
         if side % patch:
             fitting = [str(p) for p in range(1, side + 1) if side % p == 0]
-            remedy = f"train with --model SIZE/P, where P is one of {', '.join(fitting)}"
-            raise UserError(f"patch {patch} does not divide latents of {side} x {side}: {remedy}")
+            raise UserError(
+                f"patch {patch} does not divide latents of {side} x {side}:"
+                f" train with --model SIZE/P, where P is one of {', '.join(fitting)}"
+            )
         if "targets" in self.names and side // patch != grid:
-            remedy = f"train with --model SIZE/{side // grid}, or extract with --patch {patch}"
-            found = f"the cache has {grid}x{grid} targets, the model has patch {patch}"
-            raise UserError(f"{found}: {remedy}")
+            raise UserError(
+                f"the cache has {grid}x{grid} targets, the model has patch {patch}:"
+                f" train with --model SIZE/{side // grid}, or extract with --patch {patch}"
+            )
         return {
             "input_size": side,
             "in_channels": self.meta["latent_channels"],
@@ -545,106 +571,111 @@ class CachedFeatures(Dataset):
         }
 
     def latents(self, moments, vae_noise=0):
-        """Latents of a model from moments [N, 2C, h, w] and vae_noise [N, C, h, w]; 0: the mean."""
+        """Returns a model's latents from moments [N, 2C, h, w] and vae_noise [N, C, h, w].
+
+        The noise 0 gives the mean.
+        """
         mean, std = moments.float().chunk(2, dim=1)
-        sample = mean + std * vae_noise
-        return (sample - self.meta["latent_shift"]) * self.meta["latent_scale"]
+        return (mean + std * vae_noise - self.meta["latent_shift"]) * self.meta["latent_scale"]
 
     def fixed_batch(self, count, device=None):
-        """A batch (see loader) of the first views of `count` images, spread over the classes."""
+        """Returns a batch (see loader): first views of `count` images, spread over the classes."""
         by_class = np.argsort(self.labels, kind="stable")
-        places = np.linspace(0, len(by_class) - 1, min(count, len(by_class)))
-        batch = to_batch(self.__getitems__(by_class[places.astype(int)] * self.views))
+        images = by_class[spread(min(count, len(by_class)), len(by_class))]
+        batch = to_batch(self.__getitems__(images * self.views))
         return {name: value.to(device) for name, value in batch.items()}
 
     def loader(self, order, workers=None, device=None):
-        """Yield a batch on `device` for each array of indices in `order`.
+        """Yields a batch on `device` for each array of indices in `order`.
 
         A batch is a dict of tensors: moments [N, 2C, h, w] float16, y [N] (the labels) and, where
         asked for, targets [N, T, F] and control [N, 7]. workers: processes that read ahead, by
-        default 4 for targets and none for latents alone. UserError if one of them dies.
+        default 4 for targets and none for latents alone. Raises UserError if one of them dies.
         """
         if workers is None:
             workers = min(4, os.cpu_count()) if "targets" in self.names else 0
-        pin = device is not None and torch.device(device).type == "cuda"
+        pin = torch.device(device or "cpu").type == "cuda"
         options = {"batch_sampler": order, "collate_fn": to_batch, "pin_memory": pin}
         for batch in read_ahead(self, workers, **options):
             yield {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
     def __reduce__(self):
-        return CachedFeatures, self.opened  # a spawned process opens the files, it gets no copies
+        return CachedFeatures, self.opened  # a spawned process opens the files again
 
     def __len__(self):
         return len(self.labels) * self.views
 
     def __getitems__(self, indices, names=None):
-        """A dict of arrays, a row for each index: `names`, or all tensors that are read.
-
-        They are read in file order, which is the fastest.
-        """
+        """Returns a dict of arrays with a row for each index: `names`, or all that are read."""
         indices = np.asarray(indices)
-        rows = {}
+        batch = {}
         for name in names or self.names:
             array = self.shards[0][name]
-            rows[name] = np.empty((len(indices), *array.shape[1:]), array.dtype)
-        order = np.argsort(indices)
-        shards = np.searchsorted(self.starts, indices[order], side="right") - 1
-        for shard in np.unique(shards):
-            places = order[shards == shard]                          # where this shard's rows go
-            inside = indices[places] - self.starts[shard]
-            for name, array in rows.items():
-                array[places] = self.shards[shard][name][inside]
-        return rows
+            batch[name] = np.empty((len(indices), *array.shape[1:]), array.dtype)
+
+        shards = np.searchsorted(self.starts, indices, side="right") - 1
+        rows = indices - self.starts[shards]  # inside the file
+        for i in np.argsort(indices):  # in the order of the files, which is the fastest to read
+            shard = self.shards[shards[i]]
+            for name, array in batch.items():
+                array[i] = shard[name][rows[i]]
+        return batch
 
     @cached_property
     def control_table(self):
-        """int32 [classes, 50, 7]: control of 50 images of each class, centred and not mirrored.
+        """int32 [classes, 50, 7]: control of 50 images of each class, centered and not mirrored.
 
-        They are evenly spread over a class, repeated if it has fewer; a class without images has
-        zeros (no control). None if control is not read.
+        They are evenly spread over a class, and repeated if it has fewer. A class without images
+        has zeros (no control). It is None if control is not read.
         """
         if "control" not in self.names:
             return None
-        classes = np.unique(self.labels)
-        chosen = []
-        for label in classes:
+        table = torch.zeros(len(self.meta["classes"]), TABLE_ROWS, 7, dtype=torch.int32)
+        for label in np.unique(self.labels):
             images = np.flatnonzero(self.labels == label)
-            chosen.append(images[np.linspace(0, len(images) - 1, 50).astype(int)])
-        rows = self.__getitems__(np.concatenate(chosen) * self.views, ["control"])
-        table = torch.zeros(len(self.meta["classes"]), 50, 7, dtype=torch.int32)
-        table[classes] = torch.from_numpy(rows["control"]).view(-1, 50, 7)
+            images = images[spread(TABLE_ROWS, len(images))]
+            chosen = self.__getitems__(images * self.views, ["control"])
+            table[label] = torch.from_numpy(chosen["control"])
         return table
 
 
-def to_batch(rows):
+def spread(count, total):
+    """Returns `count` indices that are evenly spread over `total` places."""
+    return np.linspace(0, total - 1, count).astype(int)
+
+
+def to_batch(arrays):
     """Arrays of CachedFeatures -> tensors, under the names that training scripts use."""
-    batch = default_convert(rows)
+    batch = default_convert(arrays)
     batch["y"] = batch.pop("labels")
     return batch
 
 
 def read_ahead(dataset, workers, **options):
-    """Yield the batches of a DataLoader. UserError if one of its `workers` processes dies."""
-    loader = DataLoader(
-        dataset, num_workers=workers, worker_init_fn=files.shield_worker, **options
-    )
-    batches = iter(loader)
+    """Yields the batches of a DataLoader, whose `workers` processes read ahead.
+
+    If a worker dies, this raises UserError within five seconds. PyTorch's own handler is removed,
+    because it would raise at any point of the program.
+    If a signal comes, the workers ignore it, because the last step still needs them.
+    If the program ends, `kill_children` ends them. Python would send SIGTERM, which they ignore, and
+    wait for them forever.
+    """
+    shield = files.shield_worker
+    batches = iter(DataLoader(dataset, num_workers=workers, worker_init_fn=shield, **options))
     atexit.register(kill_children)
-    # PyTorch's own handler raises at any point of the program when a process dies. Without it, the
-    # loader notices within five seconds.
-    if threading.current_thread() is threading.main_thread():
+    with contextlib.suppress(ValueError):  # only the main thread may set handlers
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield from batches
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):
             raise
-        what = f"a loader process died ({files.first_sentence(error)})"
-        raise UserError(f"{what}; try fewer --workers") from None
+        raise UserError(
+            f"a loader process died ({files.first_sentence(error)}); try fewer --workers"
+        ) from None
 
 
 def kill_children():
-    """Loader processes ignore SIGTERM: after an error, Python would wait for them forever."""
     for process in multiprocessing.active_children():
         process.kill()
 
@@ -652,10 +683,57 @@ def kill_children():
 # ---- extraction
 
 
+@torch.inference_mode()
+def extract(args, shards, images, autoencoder, encoder, rank, device):
+    """Writes the files of the cache for `shards`, which are ranges of images.
+
+    Returns the numbers of images whose EXIF rotation and whose transparency were ignored.
+    """
+    batches = []
+    for shard in shards:
+        batches += split(shard, args.batch_size)
+    loader = read_ahead(Views(images, args), args.workers, batch_sampler=batches)
+    pause = 0.1 if sys.stderr.isatty() else 30  # seconds between two states of the bar
+    bar = tqdm(
+        total=sum(map(len, shards)),
+        unit="img",
+        disable=rank > 0 or not shards,
+        mininterval=pause,
+        miniters=1,
+    )
+    ignored = torch.zeros(2, dtype=torch.int64)
+    writing = None
+    with bar, ThreadPoolExecutor(1) as writer:  # writes a file while the next one is encoded
+        for shard in shards:
+            parts = []
+            for batch in split(shard, args.batch_size):
+                views = next(loader)
+                refuse_or_skip(images, batch, views.pop("error"), args.skip_bad)
+                ignored += views.pop("ignored").sum(0)
+                pixels = views.pop("pixels").to(device)
+                encoded = encode(batch, pixels, autoencoder, encoder, args.target_dtype)
+                parts.append(views | encoded)
+                bar.update(len(batch))
+
+            tensors = join(parts)
+            if writing:
+                writing.result()  # raises the error of the file before
+            path = shard_file(args.out, shard.start)
+            writing = writer.submit(files.write_tensors, path, tensors)
+        if writing:
+            writing.result()
+    return ignored
+
+
+def split(indices, size):
+    """Returns the consecutive parts of a range, of `size` each, but for the last one."""
+    return [indices[i : i + size] for i in range(0, len(indices), size)]
+
+
 class Views(Dataset):
     """Item i: the views of image i, or black ones and an `error` that says why it is unreadable.
 
-    An exception would leave a loader process as a traceback.
+    It raises nothing, because an exception would leave a loader process as a traceback.
     """
 
     def __init__(self, images, args):
@@ -663,161 +741,130 @@ class Views(Dataset):
         self.args = args
 
     def __getitem__(self, i):
-        size = self.args.image_size
-        what = f"--data {self.args.data}: cannot read image {self.images.name(i)}"
-        remedy = "pass --skip-bad, or repair it and extract into another --out"
-        item = {"error": "", "rotated": False, "transparent": False}
-        try:
-            with explaining(what, remedy):
-                image = self.images[i]
-                views = self.views(to_rgb(image), i)
-                item["rotated"] = is_rotated(image)
-                item["transparent"] = image.has_transparency_data
-        except UserError as error:
-            item["error"] = str(error)
-            views = self.views(Image.new("RGB", (size, size)), i)
-        item["pixels"], item["control"] = views
-        return item
-
-    def views(self, image, i):
         args = self.args
+        size = args.image_size
+        num_views = 1 + args.flip + args.crops
+        item = {
+            "index": i,
+            "labels": self.images.labels[i],
+            "pixels": np.zeros((num_views, 3, size, size), np.uint8),
+            "control": np.zeros((num_views, 7), np.int32),
+            "ignored": np.zeros(2, bool),  # EXIF rotation, transparency
+            "error": "",
+        }
         rng = np.random.default_rng([args.seed, i])
-        return image_views(image, args.image_size, args.flip, args.crops, rng)
+        try:
+            image = self.images[i]
+            views = image_views(to_rgb(image), size, args.flip, args.crops, rng)
+            item["ignored"] = np.array([is_rotated(image), image.has_transparency_data])
+            item["pixels"], item["control"] = views
+        except Exception as error:  # decoders raise about ten types for a damaged file
+            item["error"] = (
+                f"--data {args.data}: cannot read image {self.images.name(i)}"
+                f" ({files.first_sentence(error)})"
+            )
+        item["readable"] = not item["error"]
+        return item
 
 
 def encode(batch, pixels, autoencoder, encoder, target_dtype):
     """uint8 pixels [n, V, 3, S, S] of the images in range `batch` -> their moments and targets.
 
-    UserError if they are not finite.
+    Raises UserError if they are not finite.
     """
-    x = pixels.flatten(0, 1)                                         # (n V, 3, S, S)
+    x = pixels.flatten(0, 1)                                         # [n V, 3, S, S]
     mean, std = autoencoder.encode(x.float() / 127.5 - 1)
-    tensors = {"moments": torch.cat([mean, std], dim=1).half()}      # (n V, 2C, h, w)
-    if encoder:
-        tensors["targets"] = encoder(x)                              # (n V, T, F)
+    rows = {"moments": torch.cat([mean, std], dim=1).half()}         # [n V, 2C, h, w]
+    if encoder.widths:
+        rows["targets"] = encoder(x)                                 # [n V, T, F]
         if target_dtype == "float16":
-            tensors["targets"] = tensors["targets"].half()
-    for name, values in tensors.items():
+            rows["targets"] = rows["targets"].half()
+    for name, values in rows.items():
         if not values.isfinite().all():
-            what = f"{name} of images {batch[0]} to {batch[-1]} are not finite"
-            raise UserError(f"{what}; are the weights of the network damaged?")
-    if encoder and target_dtype == "int8":
-        tensors["targets"] = to_int8(tensors["targets"])
-    return {name: values.unflatten(0, pixels.shape[:2]).cpu() for name, values in tensors.items()}
-
-
-@torch.inference_mode()
-def extract(args, meta, images, autoencoder, encoder, rank, world, device):
-    """Write this process's files of the cache, those that are not there yet.
-
-    Returns the numbers of images whose EXIF rotation and whose transparency were ignored.
-    """
-    batches = []
-    for start in missing_shards(args.out, meta, rank, world):
-        stop = min(start + args.shard, len(images))
-        for first in range(start, stop, args.batch_size):
-            batches.append(range(first, min(first + args.batch_size, stop)))
-    loader = read_ahead(Views(images, args), args.workers, batch_sampler=batches)
-    total = sum(len(batch) for batch in batches)
-    pause = 0.1 if sys.stderr.isatty() else 30  # seconds between two states of the bar
-    silent = rank > 0 or total == 0
-    bar = tqdm(total=total, unit="img", disable=silent, mininterval=pause, miniters=1)
-
-    ignored = torch.zeros(2, dtype=torch.int64)
-    parts = []
-    writing = None
-    with bar, ThreadPoolExecutor(1) as writer:  # writes a file while the next one is encoded
-        for batch, views in zip(batches, loader, strict=True):
-            readable = refuse_or_skip(images, batch, views["error"], args.skip_bad)
-            pixels = views["pixels"].to(device)
-            rows = encode(batch, pixels, autoencoder, encoder, args.target_dtype)
-            rows["control"] = views["control"]
-            rows["labels"] = torch.from_numpy(images.labels[batch.start : batch.stop])
-            rows["index"] = torch.arange(batch.start, batch.stop)
-            parts.append({name: values[readable] for name, values in rows.items()})
-            ignored += torch.stack([views["rotated"].sum(), views["transparent"].sum()])
-            bar.update(len(batch))
-            if batch.stop % args.shard and batch.stop < len(images):
-                continue
-
-            start = (batch.stop - 1) // args.shard * args.shard
-            tensors = join(parts, batch.stop - start)
-            parts = []
-            if writing:
-                writing.result()  # raises its error
-            writing = writer.submit(files.write_tensors, shard_file(args.out, start), tensors)
-        if writing:
-            writing.result()
-    return ignored
-
-
-def join(parts, count):
-    """The tensors of a file for `count` images from those of its batches."""
-    tensors = {}
-    for name in parts[0]:
-        tensors[name] = torch.cat([part[name] for part in parts])
-    readable = len(tensors["index"])
-    if readable == 0:
-        raise UserError(f"none of {count} images in a row is readable; is this the right --data?")
-    if readable == count:
-        del tensors["index"]
-    return tensors
+            raise UserError(
+                f"{name} of images {batch[0]} to {batch[-1]} are not finite;"
+                " are the weights of the network damaged?"
+            )
+    if encoder.widths and target_dtype == "int8":
+        rows["targets"] = to_int8(rows["targets"])
+    return {name: values.unflatten(0, pixels.shape[:2]).cpu() for name, values in rows.items()}
 
 
 def refuse_or_skip(images, batch, errors, skip):
-    """Which images of a batch are readable: bool [n]. UserError if one is not, unless `skip`."""
+    """Raises UserError if an image of a batch is unreadable, unless `skip`.
+
+    It always raises UserError if the source has disappeared.
+    """
     for i, error in zip(batch, errors, strict=True):
-        if error and images.is_gone(i):
-            remedy = "run the same command again when it is back"
-            raise UserError(f"--data {images.source}: is not there any more; {remedy}")
-        if error and not skip:
-            raise UserError(error)
-        if error:
-            tqdm.write(f"skipped: {error.rpartition('; ')[0]}", file=sys.stderr)
-    return torch.tensor([not error for error in errors])
+        if not error:
+            continue
+        if images.is_gone(i):
+            raise UserError(
+                f"--data {images.source}: is not there any more;"
+                " run the same command again when it is back"
+            )
+        if not skip:
+            remedy = "pass --skip-bad, or repair it and extract into another --out"
+            raise UserError(f"{error}; {remedy}")
+        tqdm.write(f"skipped: {error}", file=sys.stderr)
+
+
+def join(parts):
+    """Returns the tensors of a file from those of its batches, without unreadable images."""
+    tensors = {}
+    for name in parts[0]:
+        tensors[name] = torch.cat([part[name] for part in parts])
+    readable = tensors.pop("readable")
+    if readable.all():
+        del tensors["index"]
+        return tensors
+    if not readable.any():
+        raise UserError(
+            f"none of {len(readable)} images in a row is readable; is this the right --data?"
+        )
+    return {name: values[readable] for name, values in tensors.items()}
 
 
 def run(args, rank, world, device):
-    """The work of one process. UserError for whatever the user has to repair."""
+    """Does the work of one process. Raises UserError for whatever the user has to repair."""
     images = Images(args.data, args.limit)
     autoencoder = load_autoencoder(args.vae, device)
     step = autoencoder.downsampling * args.patch
     grid = args.image_size // step
     if args.image_size % step:
-        fits = " or ".join(str(step * k) for k in (grid, grid + 1) if k)
-        raise UserError(f"--image-size {args.image_size} is not a multiple of {step}; try {fits}")
-    encoder = None
-    if args.encoder != "none":
-        encoder = Encoders(args.encoder, grid, args.encoder_weights, device)
+        k = max(grid, 1)
+        raise UserError(
+            f"--image-size {args.image_size} is not a multiple of {step};"
+            f" try {step * k} or {step * (k + 1)}"
+        )
+    encoder = Encoders(args.encoder, grid, args.encoder_weights, device)
 
     if rank == 0:
         meta = describe(args, images, autoencoder, encoder)
         size = 0
         for shape, dtype in layout(meta).values():
             size += len(images) * math.prod(shape) * dtype.itemsize
-        files.start_folder(Path(args.out), "meta.json", meta, size)
+        files.start_folder(args.out, "meta.json", meta, size)
     files.barrier()
-    meta = read_meta(Path(args.out))
-    ignored = extract(args, meta, images, autoencoder, encoder, rank, world, device)
+    shards = missing_shards(args.out, rank, world)
+    ignored = extract(args, shards, images, autoencoder, encoder, rank, device)
     if world > 1:
         dist.all_reduce(ignored)  # every process is ready
     if rank == 0:
-        report(args.out, meta, *ignored.tolist())
+        report(args.out, *ignored.tolist())
 
 
-def report(out, meta, rotated, transparent):
-    """Open the cache as a trainer will, and say what it holds. UserError if it is incomplete."""
-    features = CachedFeatures(out, targets=bool(meta["target_widths"]))
+def report(out, rotated, transparent):
+    """Opens the cache as a trainer will, and says what it holds. Raises UserError if incomplete."""
+    meta = CachedFeatures(out, targets=False).meta
     classes = meta["classes"]
-    names = ", ".join(repr(name) for name in classes[:3])
+    names = ", ".join(map(repr, classes[:3]))
     if len(classes) > 3:
         names += ", ..."
-    images = len(features.labels)
-    line = f"{out}: complete, {images:,} images of {len(classes):,} classes: {names}"
-    empty = len(classes) - len(np.unique(features.labels))
+    line = f"{out}: complete, {meta['images']:,} images of {len(classes):,} classes: {names}"
     notes = {
-        "unreadable images were left out": meta["count"] - images,
-        f"of {len(classes):,} classes hold no image": empty,
+        "unreadable images were left out": meta["count"] - meta["images"],
+        f"of {len(classes):,} classes hold no image": len(meta["empty_classes"]),
         "images carry an EXIF rotation, which is ignored as in ADM": rotated,
         "images are transparent, which is ignored as in ADM": transparent,
     }
@@ -828,11 +875,11 @@ def report(out, meta, rotated, transparent):
 
 
 def extract_digits(out, rank, world, device):
-    """Make the cache of tests/digits.npz, for --digits, unless there is a complete one."""
+    """Makes the cache of tests/digits.npz, for --digits, unless there is a complete one."""
     with contextlib.suppress(UserError):
         CachedFeatures(out)
         return
-    digits = Path(__file__).parent / "tests" / "digits.npz"
+    digits = Path(__file__).parent / "tests/digits.npz"
     options = "--image-size 8 --patch 2 --vae none --encoder hog --workers 0".split()
     args = parse_args(["--data", str(digits), "--out", str(out), *options])
     run(args, rank, world, device)
@@ -849,46 +896,46 @@ class Images:
     """The images of a source (see the top of this file); `limit`: so many of them, evenly spread.
 
     `images[i]` is a PIL image as it is stored, `name(i)` its file, `labels[i]` its class, `classes`
-    the names of the classes. UserError for a source without usable images.
+    the names of the classes. Raises UserError for a source without usable images.
     """
 
     def __init__(self, source, limit=None):
         self.source = Path(source)
-        self.root = ""  # of all names in a .zip
-        self.archive = None
+        self.is_folder = self.source.is_dir()
         self.pixels = None
-        if not (self.source.is_file() or self.source.is_dir()):
+        self.archive = None
+        if not (self.is_folder or self.source.is_file()):
             raise UserError(f"--data {source}: no such file or folder")
-        if self.source.suffix.lower() == ".npz" and self.source.is_file():
+        if self.source.suffix.lower() == ".npz" and not self.is_folder:
             self.pixels, labels, self.classes = read_npz(self.source)
             self.names = range(len(labels))
         else:
-            labels = self.list_files()
-        count = len(labels)
-        if limit and limit > count:
-            raise UserError(f"--limit {limit}: the source has {count} images")
-        self.rows = np.linspace(0, count - 1, limit or count).astype(int)
-        self.labels = labels[self.rows]
+            labels, self.classes = self.list_files()
+        limit = limit or len(labels)
+        if limit > len(labels):
+            raise UserError(f"--limit {limit}: the source has {len(labels)} images")
+        self.chosen = spread(limit, len(labels))
+        self.labels = labels[self.chosen]
         self.archive = None  # each process opens its own, because a file has one position
 
     def list_files(self):
-        """Set `names` and `classes`; returns the labels."""
-        if self.source.is_dir():
+        """Sets `names`, and returns the labels and the classes."""
+        if self.is_folder:
             listed = list(list_folder(self.source))
         else:
             self.root, listed = list_zip(self.source)
         self.names = with_suffix(listed, IMAGES)
         others = with_suffix(listed, tuple(OTHER_IMAGES.split()))
         if others:
-            left_out = f"{len(others)} images are left out, such as {others[0]}"
-            print(f"--data {self.source}: {left_out}; only {', '.join(IMAGES)} are read")
+            print(
+                f"--data {self.source}: {len(others)} images are left out, such as {others[0]};"
+                f" only {', '.join(IMAGES)} are read"
+            )
         if not self.names:
             raise UserError(f"--data {self.source}: it holds no image ({', '.join(IMAGES)})")
         if "dataset.json" in listed:
-            labels, self.classes = self.read_dataset_json()
-        else:
-            labels, self.classes = class_folders(self.source, self.names, listed)
-        return labels
+            return self.read_dataset_json()
+        return class_folders(self.source, self.names, listed)
 
     def read_dataset_json(self):
         """Labels and classes from {"labels": [["00000/img00000000.png", 6], ...]}, or null."""
@@ -896,7 +943,7 @@ class Images:
         with explaining(what, "make it again, or remove it to use the folders as classes"):
             entries = json.loads(self.read("dataset.json"))["labels"]
             if entries is None:
-                entries = [(name, 0) for name in self.names]
+                return number_classes(np.zeros(len(self.names), int))
             labels = dict(entries)
             unpaired = labels.keys() ^ set(self.names)
             if unpaired:
@@ -904,32 +951,33 @@ class Images:
             return number_classes(np.array([labels[name] for name in self.names]))
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.chosen)
 
     def __getitem__(self, i):
         if self.pixels is not None:
-            return Image.fromarray(self.pixels[self.rows[i]])
+            return Image.fromarray(self.pixels[self.chosen[i]])
         return Image.open(io.BytesIO(self.read(self.name(i))))
 
     def name(self, i):
-        return self.names[self.rows[i]]
+        return self.names[self.chosen[i]]
 
     def read(self, name):
-        if self.source.is_dir():
+        if self.is_folder:
             return (self.source / name).read_bytes()
         if self.archive is None:
             self.archive = zipfile.ZipFile(self.source)
         return self.archive.read(self.root + name)  # verifies the checksum
 
     def is_gone(self, i):
-        """Whether the source, or the folder of image i, has disappeared."""
-        if self.source.is_dir():
-            return not (self.source / self.name(i)).parent.exists()
-        return not self.source.exists()
+        """Returns whether the source, or the folder of image i, has disappeared."""
+        path = self.source
+        if self.is_folder:
+            path = (self.source / self.name(i)).parent
+        return not path.exists()
 
     def digest(self):
-        """16 hexadecimal digits for the names and sizes of the files, and for the labels."""
-        if self.source.is_dir():
+        """Returns 16 hexadecimal digits for the names and sizes of the files, and the labels."""
+        if self.is_folder:
             entries = [(name, os.path.getsize(self.source / name)) for name in self.names]
         else:
             with zipfile.ZipFile(self.source) as archive:  # an .npz is one, too
@@ -943,67 +991,80 @@ def is_hidden(name):
 
 
 def list_folder(folder, above="", parents=()):
-    """Yield what lies below a folder, folders with a slash at the end. Links are followed."""
+    """Yields what lies below a folder, folders with a slash at the end. Links are followed."""
     real = os.path.realpath(folder)
     if real in parents:  # a link that leads back
         return
     for entry in os.scandir(folder):
         if is_hidden(entry.name):
             continue
+        name = above + entry.name
         if entry.is_dir():
-            yield f"{above}{entry.name}/"
-            yield from list_folder(entry.path, f"{above}{entry.name}/", (*parents, real))
-        else:
-            yield f"{above}{entry.name}"
+            name += "/"
+            yield from list_folder(entry.path, name, (*parents, real))
+        yield name
 
 
 def list_zip(path):
-    """The folder around everything in a .zip ("a/b/", or ""), and what lies below it."""
+    """Returns the folder around everything in a .zip ("a/b/", or ""), and what lies below it."""
     expected = "expected a folder or .zip of class folders, or an ADM .npz"
     with explaining(f"--data {path}: not a readable .zip", expected):
-        names = []
         with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                if not any(map(is_hidden, name.split("/"))):
-                    names.append(name)
-        above = [os.path.dirname(os.path.dirname(name)) for name in with_suffix(names, IMAGES)]
+            names = archive.namelist()
+        names = [name for name in names if not any(map(is_hidden, name.split("/")))]
+        above = {os.path.dirname(os.path.dirname(name)) for name in with_suffix(names, IMAGES)}
         root = os.path.join(os.path.commonpath(above or [""]), "")
     return root, [name.removeprefix(root) for name in names if name.startswith(root)]
 
 
 def with_suffix(names, suffixes):
-    """Those of the names that end in a suffix, sorted folder by folder."""
+    """Returns those of the names that end in a suffix, sorted folder by folder."""
     return sorted((n for n in names if n.lower().endswith(suffixes)), key=lambda n: n.split("/"))
 
 
 def class_folders(source, names, listed):
-    """Labels and classes of images called class/file. UserError if they have other names."""
+    """Returns labels and classes of images called class/file.
+
+    Raises UserError for images of other names, for splits and for empty class folders.
+    """
     deep = [name for name in names if name.count("/") > 1]
     if deep:
-        above = Counter(os.path.dirname(os.path.dirname(name)) for name in deep)
-        [(meant, _)] = above.most_common(1)
-        question = f"did you mean {source / meant}?"
-        raise UserError(f"--data {source}: {deep[0]} lies deeper than class/file; {question}")
-    loose = [name for name in names if "/" not in name]
-    if loose:
-        remedy = "make one, or pass the folder above"
-        raise UserError(f"--data {source}: {loose[0]} is in no class folder; {remedy}")
+        meant = statistics.mode(os.path.dirname(os.path.dirname(name)) for name in deep)
+        hint = pass_folder(source, meant)
+        raise UserError(f"--data {source}: {deep[0]} lies deeper than class/file; {hint}")
+    labels = []
+    classes = {}  # name -> label, in order, because the images are sorted
+    for name in names:
+        folder = os.path.dirname(name)
+        if not folder:
+            raise UserError(
+                f"--data {source}: {name} is in no class folder;"
+                " make one, or pass the folder above"
+            )
+        labels.append(classes.setdefault(folder, len(classes)))
 
-    folders = [name.split("/")[0] for name in names]
-    classes = sorted(set(folders))
+    classes = list(classes)
     if set(classes).issubset(SPLITS.split()):
-        question = f"did you mean {source / classes[0]}?"
-        raise UserError(f"--data {source}: {', '.join(classes)} are no class folders; {question}")
+        hint = pass_folder(source, classes[0])
+        raise UserError(f"--data {source}: {', '.join(classes)} are no class folders; {hint}")
     empty = {name.split("/")[0] for name in listed if "/" in name}.difference(classes)
     if empty:
-        what = f"class folder {min(empty)!r} holds no image ({', '.join(IMAGES)})"
-        raise UserError(f"--data {source}: {what}; remove it")
-    index = {name: label for label, name in enumerate(classes)}
-    return np.array([index[folder] for folder in folders]), classes
+        raise UserError(
+            f"--data {source}: class folder {min(empty)!r} holds no image"
+            f" ({', '.join(IMAGES)}); remove it"
+        )
+    return np.array(labels), classes
+
+
+def pass_folder(source, folder):
+    """Returns the advice to pass one folder of a source."""
+    if source.is_dir():
+        return f"did you mean {source / folder}?"
+    return f"did you mean its folder {folder}? Then pack that folder"
 
 
 def read_npz(path):
-    """Pixels uint8 [N, H, W, 3], labels and classes of an ADM .npz."""
+    """Returns pixels uint8 [N, H, W, 3], labels and classes of an ADM .npz."""
     expected = "it needs arr_0, uint8 [N, H, W, 3], and arr_1, N class indices >= 0"
     with explaining(f"--data {path}: no ADM .npz", expected), np.load(path) as archive:
         pixels = archive["arr_0"]  # reading it verifies the checksum
@@ -1018,7 +1079,11 @@ def read_npz(path):
 
 
 def number_classes(labels):
-    """Labels and classes: the numbers up to the largest or, from 100,000 on, those that occur."""
+    """Returns labels and the names of the classes.
+
+    If all labels are below 100,000, they stay as they are, and every number up to the largest is a
+    class. Otherwise only the numbers that occur are classes, and the labels count these.
+    """
     if labels.dtype.kind not in "iu" or labels.min() < 0:
         raise ValueError(f"the labels are {labels.dtype} {list(labels.shape)} from {labels.min()}")
     if labels.max() < 100_000:
@@ -1026,13 +1091,13 @@ def number_classes(labels):
         labels = labels.astype(np.int64)
     else:
         names, labels = np.unique(labels, return_inverse=True)
-    return labels, [str(name) for name in names]
+    return labels, list(map(str, names))
 
 
 def to_rgb(image):
-    """An RGB image, as PIL converts it, but 16-bit grey, which PIL would clip to white, is scaled.
+    """Returns an RGB image, as PIL converts it, but with 16-bit grey scaled, which PIL would clip.
 
-    ValueError for 32 bits per pixel, whose range is unknown.
+    Raises ValueError for 32 bits per pixel, whose range is unknown.
     """
     # older versions of Pillow open a 16-bit PNG in mode I
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
@@ -1066,7 +1131,7 @@ META = {  # entries of meta.json that readers need
 
 
 def describe(args, images, autoencoder, encoder):
-    """The contents of meta.json."""
+    """Returns the contents of meta.json."""
     side = args.image_size // autoencoder.downsampling
     encoder_digest = None
     if args.encoder_weights:
@@ -1092,13 +1157,13 @@ def describe(args, images, autoencoder, encoder):
         "encoder": args.encoder,
         "encoder_digest": encoder_digest,
         "grid": side // args.patch,
-        "target_widths": encoder.widths if encoder else [],
+        "target_widths": encoder.widths,
         "target_dtype": args.target_dtype,
     }
 
 
 def layout(meta):
-    """Shape for one image, and dtype, of the tensors of a cache."""
+    """Returns the shape for one image, and the dtype, of each tensor of a cache."""
     views = meta["views"]
     side = meta["latent_side"]
     tensors = {
@@ -1113,7 +1178,7 @@ def layout(meta):
 
 
 def read_meta(folder):
-    """The dict in meta.json. UserError if the folder holds no cache of this format."""
+    """Returns the dict in meta.json. Raises UserError if there is no cache of this format."""
     file = folder / "meta.json"
     if not file.is_file():
         remedy = "make one with extract_features.py"
@@ -1122,18 +1187,22 @@ def read_meta(folder):
         raise UserError(f"{folder}: no feature cache there; {remedy}")
     version = files.read_json(file).get("format_version")
     if version != FORMAT_VERSION:
-        found = f"cache format {version!r:.60}, not {FORMAT_VERSION}"
-        raise UserError(f"{folder}: {found}; extract it again")
+        raise UserError(
+            f"{folder}: cache format {version!r:.60}, not {FORMAT_VERSION}; extract it again"
+        )
     return files.read_json(file, META)
 
 
 def shard_file(folder, start):
-    """The file of a cache that begins with image `start`."""
+    """Returns the path of the file of a cache that begins with image `start`."""
     return Path(folder, f"{start:08d}.safetensors")
 
 
 def open_shard(path, meta):
-    """The tensors of a file, mapped into memory. UserError if it is missing or damaged."""
+    """Returns the tensors of a file, mapped into memory.
+
+    Raises UserError if it is missing or damaged.
+    """
     remedy = "run the same extraction again"
     if not path.exists():
         raise UserError(f"{path.parent}: the cache is incomplete, {path.name} is missing; {remedy}")
@@ -1146,18 +1215,19 @@ def open_shard(path, meta):
     return tensors
 
 
-def missing_shards(folder, meta, rank, world):
-    """The first images of this process's files that are to be made. Damaged files are deleted."""
+def missing_shards(folder, rank, world):
+    """Returns the image ranges of this process's missing files. Damaged files are deleted."""
+    meta = read_meta(folder)
     missing = []
-    for start in range(0, meta["count"], meta["shard"])[rank::world]:
-        path = shard_file(folder, start)
+    for shard in split(range(meta["count"]), meta["shard"])[rank::world]:
+        path = shard_file(folder, shard.start)
         try:
             open_shard(path, meta)
         except UserError as error:
+            missing.append(shard)
             if path.exists():
                 print(f"{str(error).rpartition('; ')[0]}; it is made again", file=sys.stderr)
                 path.unlink()
-            missing.append(start)
     return missing
 
 
@@ -1168,7 +1238,7 @@ def parse_args(argv=None):
     parser = files.Parser(__file__, __doc__)
     add = parser.add_argument_group("images").add_argument
     add("--data", required=True, help="where the images are, see above")
-    add("--out", required=True, help="folder of the cache")
+    add("--out", type=Path, required=True, help="folder of the cache")
     add("--image-size", type=number(int, 1, 4096), default=256,
         help="side of the square images, in pixels")
     add("--flip", action="store_true",

@@ -1,5 +1,8 @@
 """The ADM evaluation suite in PyTorch: FID, sFID, Inception Score, precision and recall.
 
+This file imports nothing from the repository, so that it can be copied; crop, errors and file
+helpers are repeated here for that reason.
+
     python fid.py VIRTUAL_imagenet256_labeled.npz samples.npz           # the papers' five numbers
     python fid.py REF A.npz B.npz C.npz                                 # one row per set of samples
     python fid.py --stats imagenet/val --image-size 256 --out val.npz   # make your own reference
@@ -11,12 +14,12 @@ images. If an .npz stores statistics (`mu sigma mu_s sigma_s`), FID and sFID use
 references do: their statistics are those of the whole training set. Compare generated images with
 the training set, and reconstructions with the validation set.
 
-The row "floor" compares n random images of REF with its remaining ones, where n is the size of the
-smallest set, but at most N // 2. It shows the score of a perfect generator. If REF is small, the
-floor is biased upwards, so that good samples can fall below it.
+The row "floor" compares two random parts of REF: n images with the N - n others. n is the size of
+the smallest set of samples, but at most N // 2. A perfect generator would reach about this score.
+If REF is small, the floor is too high, and good samples can fall below it.
 
     FID        arXiv 1706.08500   |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of 2048 features
-    sFID       arXiv 2103.03841   the same of 7 channels of a 17 x 17 map: it sees where things are
+    sFID       arXiv 2103.03841   the same of spatial features: 7 channels of a 17 x 17 map
     IS         arXiv 1606.03498   exp(mean KL(p(class | image) || p(class))): sharp, varied images
     precision  arXiv 1904.06991   share of the samples inside the manifold of the reference
     recall     arXiv 1904.06991   share of the reference inside the manifold of the samples
@@ -46,23 +49,23 @@ from torchvision.models import inception
 from tqdm import tqdm
 
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall")
-PR_BLOCK = 10_000  # rows and columns per block of distances, as in ADM: it tests each for overflow
-PR_IMAGES = 10_000  # that --stats keeps for precision and recall, as many as ADM's references hold
+PR_BLOCK = 10_000  # rows and columns of a block of distances; ADM tests each block for overflow
+PR_IMAGES = 10_000  # what --stats keeps for precision and recall, as many as ADM's references
 
 
-# ---- network: the Inception v3 of 2015-12-05; other trainings of Inception v3 give other numbers
+# ---- network: the Inception v3 of 2015-12-05; another training of Inception v3 gives other numbers
 
 
 class InceptionV3(inception.Inception3):
-    """FID Inception v3, parameters named as in the published weights: 472 tensors, 1008 classes."""
+    """The Inception v3 of FID. Its 472 tensors are named as in the published weights."""
 
     name = "Inception 2015-12-05, TF1 bilinear resize to 299"
     widths = {"fid": 2048, "sfid": 2023}  # D of the two features
 
     def __init__(self):
         super().__init__(num_classes=1008, aux_logits=False, init_weights=False)
-        # torchvision: averages count the padding, and Mixed_7c averages / here: they leave it out,
-        # and Mixed_7c takes the maximum, because the TensorFlow graph of the weights does so
+        # torchvision: averages count the padding / here: they leave it out, because TensorFlow's do
+        # torchvision: Mixed_7c averages / here: it takes the maximum, because TensorFlow's does
         for block in self.children():
             if hasattr(block, "branch_pool"):
                 block.pool = torch.nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
@@ -71,41 +74,44 @@ class InceptionV3(inception.Inception3):
         self.eval().requires_grad_(False)
 
     def forward(self, images):
-        """images [N, 3, H, W], values 0..255 -> pooled [N, 2048], spatial [N, 2023], both fp32."""
-        x = (tf1_resize(images, 299) - 128) / 128                    # [N, 3, 299, 299]
+        """Turns images [N, 3, H, W] of 0 .. 255 into two fp32 features: [N, 2048] and [N, 2023].
+
+        The first are pooled, the second are spatial.
+        """
+        x = (tf1_resize(images, 299) - 128) / 128                     # [N, 3, 299, 299]
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
-        x = self.maxpool1(x)                                         # [N, 64, 73, 73]
+        x = self.maxpool1(x)                                          # [N, 64, 73, 73]
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
-        x = self.maxpool2(x)                                         # [N, 192, 35, 35]
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))           # [N, 288, 35, 35]
-        x = self.Mixed_6a(x)                                         # [N, 768, 17, 17]
+        x = self.maxpool2(x)                                          # [N, 192, 35, 35]
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))            # [N, 288, 35, 35]
+        x = self.Mixed_6a(x)                                          # [N, 768, 17, 17]
         x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(x)))
 
         # The first 7 channels belong to Mixed_6d.branch1x1. ADM's sigma_s has them in NHWC order.
-        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)            # [N, 17 * 17 * 7]
-        x = self.Mixed_6e(x)                                         # [N, 768, 17, 17]
-        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))           # [N, 2048, 8, 8]
+        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)             # [N, 17 * 17 * 7]
+        x = self.Mixed_6e(x)                                          # [N, 768, 17, 17]
+        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))            # [N, 2048, 8, 8]
         return x.mean((2, 3)), spatial
 
 
 def repool(block, inputs, output):
-    """Recompute torchvision's last branch with the right pooling, block.pool (a forward hook)."""
+    """A forward hook: recomputes torchvision's last branch with the right pooling, block.pool."""
     branch = block.branch_pool(block.pool(*inputs))
     output[:, -branch.shape[1] :] = branch
 
 
 def tf1_resize(images, size):
-    """TensorFlow 1's bilinear resize, which has no half-pixel offset.
+    """Resizes images [N, C, H, W] to fp32 [N, C, size, size] as TensorFlow 1 does, bilinearly.
 
-    images [N, C, H, W] -> fp32 [N, C, size, size]. This is bit-equal to TensorFlow on the CPU,
-    because the width comes first, and because torch.lerp, which rounds differently, is not used.
+    There is no half-pixel offset. The result is bit-equal to TensorFlow's on the CPU, because the
+    width is resized first, and because torch.lerp, which rounds differently, is not used.
     """
-    x = resize_width(images.float(), size)                           # [N, C, H, size]
+    x = resize_width(images.float(), size)                            # [N, C, H, size]
     return resize_width(x.mT, size).mT
 
 
 def resize_width(x, size):
-    """x [..., W] -> [..., size]"""
+    """Resizes x [..., W] to [..., size]."""
     width = x.shape[-1]
     position = torch.arange(size, device=x.device).float() * (width / size)  # fp32, as TensorFlow
     low = position.long()
@@ -116,9 +122,9 @@ def resize_width(x, size):
 
 
 class PixelFeatures(torch.nn.Module):
-    """images [N, 3, H, W] -> ([N, 64],): grey 8 x 8 thumbnails show that a toy run learns."""
+    """Turns images [N, 3, H, W] into grey 8 x 8 thumbnails, ([N, 64],), which suit toy runs."""
 
-    name = "8 x 8 grey pixels: a sanity figure, comparable with nothing published"
+    name = "8 x 8 grey pixels: a sanity figure, not comparable with published ones"
     widths = {"fid": 64}
 
     def forward(self, images):
@@ -130,38 +136,47 @@ class PixelFeatures(torch.nn.Module):
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """Squared Frechet distance of two Gaussians (arXiv 1706.08500, eq. 6).
+    """Returns the squared Frechet distance of two Gaussians (arXiv 1706.08500, eq. 6): a float.
 
-    mu [D] and sigma [D, D], arrays or tensors -> float. Raises ValueError for other shapes.
+    mu [D] and sigma [D, D] are arrays or tensors. Raises ValueError for other shapes.
     """
-    given = (mu1, sigma1, mu2, sigma2)
-    given = [torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in given]
-    mu1, sigma1, mu2, sigma2 = given
+    mu1 = as_float64(mu1)
+    mu2 = as_float64(mu2)
+    sigma1 = as_float64(sigma1)
+    sigma2 = as_float64(sigma2)
     d = len(mu1)
     if not mu1.shape == mu2.shape == (d,) or not sigma1.shape == sigma2.shape == (d, d):
-        shapes = [list(x.shape) for x in given]
-        raise ValueError(f"frechet_distance needs mu [D] and sigma [D, D], got shapes {shapes}")
+        raise ValueError(
+            f"frechet_distance needs mu [D] and sigma [D, D], got {list(mu1.shape)},"
+            f" {list(sigma1.shape)} and {list(mu2.shape)}, {list(sigma2.shape)}"
+        )
 
-    # official code: sqrtm(S1 S2) / here: eigenvalues of R^T S2 R with S1 = R R^T, the same but for
-    # zeros, because sqrtm is inexact for fewer images than D. Eigenvalues of S1 that are rounding
+    # official code: takes the trace of sqrtm(S1 S2) / here: sums the roots of the eigenvalues of
+    # R^T S2 R, where S1 = R R^T, because sqrtm is inexact for fewer images than D.
+    # These are the eigenvalues of S1 S2, without some zeros. Eigenvalues of S1 that are rounding
     # errors are dropped, because their square roots would add up.
     values, vectors = torch.linalg.eigh(sigma1)
     keep = values > values[-1].clamp(min=0) * d * torch.finfo(torch.float64).eps
-    R = vectors[:, keep] * values[keep].sqrt()                       # [D, rank of S1]
-    eigenvalues = torch.linalg.eigvalsh(R.T @ sigma2 @ R)            # [rank of S1]
+    R = vectors[:, keep] * values[keep].sqrt()                        # [D, rank of S1]
+    eigenvalues = torch.linalg.eigvalsh(R.T @ sigma2 @ R)             # [rank of S1]
     trace = eigenvalues.clamp(min=0).sqrt().sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace
     return distance.item()
 
 
-def inception_score(logits, split_size=5000):
-    """Inception Score (arXiv 1606.03498), averaged over splits of consecutive rows.
+def as_float64(x):
+    return torch.as_tensor(x, dtype=torch.float64, device="cpu")
 
-    logits [N, C], without bias as in ADM -> float.
+
+def inception_score(logits, split_size=5000):
+    """Returns the Inception Score (arXiv 1606.03498), a mean over splits of consecutive rows.
+
+    logits [N, C] are without bias, as in ADM.
     """
     scores = []
     for split in logits.split(split_size):
-        log_p = split.double().log_softmax(1)  # official code: log(softmax), NaN if it underflows
+        # official code: log(softmax), which is NaN if a softmax underflows / here: log_softmax
+        log_p = split.double().log_softmax(1)
         log_mean = log_p.logsumexp(0) - np.log(len(split))
         kl = (log_p.exp() * (log_p - log_mean)).sum(1)
         scores.append(kl.mean().exp())
@@ -169,56 +184,58 @@ def inception_score(logits, split_size=5000):
 
 
 def precision_recall(reference, samples, k=3, fp16=True):
-    """Precision and recall (arXiv 1904.06991): reference [N, D], samples [M, D] -> two floats.
+    """Returns precision and recall (arXiv 1904.06991) of samples [M, D] and a reference [N, D].
 
     fp16 rounds distances as ADM does, which raises both by 0.001 to 0.002. Raises ValueError unless
     both sets have more than k rows.
     """
     if min(len(reference), len(samples)) <= k:
-        rows = f"{len(reference)}, {len(samples)}"
-        raise ValueError(f"precision_recall needs more than {k} rows: {rows}")
+        raise ValueError(
+            f"precision_recall needs more than {k} rows: {len(reference)}, {len(samples)}"
+        )
     precision = manifold_share(samples, reference, k, fp16)
     recall = manifold_share(reference, samples, k, fp16)
     return precision, recall
 
 
 def manifold_share(points, manifold, k, fp16):
-    """Share of points [N, D] inside a ball around a row of manifold [M, D].
+    """Returns the share of points [N, D] inside a ball around a row of manifold [M, D].
 
-    Each ball reaches to the k-th nearest neighbour of its centre within the manifold.
+    Each ball reaches to the k-th nearest neighbour of its center within the manifold.
     """
     inside = torch.zeros(len(points), dtype=torch.bool, device=points.device)
-    for centres in manifold.split(PR_BLOCK):
+    for centers in manifold.split(PR_BLOCK):
+        # k + 1, because each center is its own nearest neighbour; the k + 1 smallest distances of
+        # each block suffice, because the k + 1 smallest of all are among them
         nearest = []
         for others in manifold.split(PR_BLOCK):
-            distances = squared_distances(centres, others, fp16)
+            distances = squared_distances(centers, others, fp16)
             nearest.append(distances.topk(min(k + 1, len(others)), largest=False).values)
-        # k + 1, because each centre is its own nearest neighbour
         radii = torch.cat(nearest, 1).kthvalue(k + 1, keepdim=True).values
 
         for start in range(0, len(points), PR_BLOCK):
             block = slice(start, start + PR_BLOCK)
-            distances = squared_distances(centres, points[block], fp16)
+            distances = squared_distances(centers, points[block], fp16)
             inside[block] |= (distances <= radii).any(0)
     return inside.double().mean().item()
 
 
 def squared_distances(u, v, fp16):
-    """|u|^2 - 2 u.v + |v|^2 of all pairs of rows: u [N, D], v [M, D] -> fp32 [N, M]."""
+    """Returns |u|^2 - 2 u.v + |v|^2 for all pairs of rows of u [N, D] and v [M, D]: fp32 [N, M]."""
     if fp16:
-        rounded = rounded_distances(u, v, torch.float16)
-        if rounded.isfinite().all():  # if a value overflows, ADM takes fp32 for the block
-            return rounded
+        distances = rounded_distances(u, v, torch.float16)
+        if distances.isfinite().all():  # if a value overflows, ADM takes fp32 for the block
+            return distances
     return rounded_distances(u, v, torch.float32)
 
 
 def rounded_distances(u, v, dtype):
-    """Squared distances with every intermediate rounded to dtype, as in ADM; sums run in fp32."""
+    """Rounds every intermediate of squared distances to dtype, as in ADM, but sums in fp32."""
     u = u.to(dtype)
     v = v.to(dtype)
-    norm_u = (u * u).float().sum(1, keepdim=True).to(dtype)          # [N, 1]
-    norm_v = (v * v).float().sum(1).to(dtype)                        # [M]
-    product = (u.float() @ v.float().T).to(dtype)                    # [N, M]
+    norm_u = (u * u).float().sum(1, keepdim=True).to(dtype)           # [N, 1]
+    norm_v = (v * v).float().sum(1).to(dtype)                         # [M]
+    product = (u.float() @ v.float().T).to(dtype)                     # [N, M]
     return (norm_u - 2 * product + norm_v).clamp(min=0).float()
 
 
@@ -227,17 +244,18 @@ def rounded_distances(u, v, dtype):
 
 @dataclasses.dataclass
 class Measured:
-    """What the metrics need of a set of images. The keys are "fid" and "sfid", as far as known."""
+    """What the metrics need of a set of images, with the keys "fid" and "sfid" if known."""
 
-    features: dict                                                   # [N, D]
+    features: dict                                                    # [N, D]
     statistics: dict                                                 # mu [D], sigma [D, D], fp64
 
 
 def measure(source, model, args, rank, world):
-    """Compute the features and the statistics of a source of images. -> Measured
+    """Returns a Measured with the features and the statistics of a source of images.
 
     Statistics that the source stores win over computed ones, as in ADM. Features are not kept for
-    --stats, because a training set has too many.
+    --stats, because a training set has too many. Raises UserError if images differ in size, or if
+    features are not finite.
     """
     count = source.shape[0]
     if count == 0:
@@ -252,7 +270,7 @@ def measure(source, model, args, rank, world):
         sum_x[kind] = torch.zeros(d, dtype=torch.float64, device=args.device)
         sum_xx[kind] = torch.zeros(d, d, dtype=torch.float64, device=args.device)
 
-    # A process takes consecutive images: rows stay in file order, which the Inception Score needs.
+    # Each process takes consecutive images: rows stay in file order, as the Inception Score needs.
     first = count * rank // world
     last = count * (rank + 1) // world
     starts = range(first, last, args.batch_size)
@@ -276,8 +294,9 @@ def measure(source, model, args, rank, world):
 
     if world > 1:  # every process holds zeros in the rows of the others
         with explaining("the other processes", "their first message says why", RuntimeError):
-            for x in (*features.values(), *sum_x.values(), *sum_xx.values()):
-                dist.all_reduce(x)
+            for tensors in (features, sum_x, sum_xx):
+                for x in tensors.values():
+                    dist.all_reduce(x)
 
     statistics = {}
     for kind in model.widths:
@@ -291,29 +310,31 @@ def measure(source, model, args, rank, world):
 
 
 def compare(reference, samples, model, args):
-    """Metrics of two Measured, by name. None where one lacks the statistics or the features."""
+    """Returns the metrics of two Measured by name, with None where one lacks what is needed."""
     results = dict.fromkeys(METRICS)
     for kind in reference.statistics:
         if kind in samples.statistics:
-            gaussians = (*reference.statistics[kind], *samples.statistics[kind])
-            results[kind] = frechet_distance(*gaussians)
+            mu, sigma = reference.statistics[kind]
+            results[kind] = frechet_distance(mu, sigma, *samples.statistics[kind])
     if samples.features and args.features == "inception":
         logits = samples.features["fid"] @ model.fc.weight.T  # without bias, as in ADM
         results["inception_score"] = inception_score(logits)
     if samples.features and reference.features:
-        pair = (reference.features["fid"], samples.features["fid"])
-        shares = precision_recall(*pair, fp16=not args.fp32_distances)
-        results["precision"], results["recall"] = shares
+        results["precision"], results["recall"] = precision_recall(
+            reference.features["fid"], samples.features["fid"], fp16=not args.fp32_distances
+        )
     return results
 
 
 def floor(reference, sets, model, args):
-    """Compare n random images of the reference with its others. None for fewer than 8 images."""
+    """Compares n random images of the reference with its others. Returns None if n is below 4."""
     if not reference.features:
         return None
     count = len(reference.features["fid"])
-    sizes = [len(samples.features["fid"]) for samples in sets if samples.features]
-    n = min([count // 2, *sizes])
+    n = count // 2
+    for samples in sets:
+        if samples.features:
+            n = min(n, len(samples.features["fid"]))
     if n < 4:
         return None
 
@@ -323,7 +344,7 @@ def floor(reference, sets, model, args):
 
 
 def subset(measured, rows):
-    """Some rows of a Measured, with their own statistics."""
+    """Returns some rows of a Measured, with their own statistics."""
     part = Measured({}, {})
     for kind, features in measured.features.items():
         x = features[rows].double()
@@ -333,7 +354,7 @@ def subset(measured, rows):
 
 
 def report(sources, measured, model, weights, args, world):
-    """Compare every set of samples with the reference, the first. Write --json, then print."""
+    """Compares every set of samples with the reference, the first. Writes --json, then prints."""
     reference, *sets = measured
     shared = {
         "reference": describe(sources[0]) | {"sha256": file_hash(sources[0].path)},
@@ -361,9 +382,9 @@ def report(sources, measured, model, weights, args, world):
             result = rows[0] if len(rows) == 1 else {"sets": rows}
             text = json.dumps(result | {"floor": floor_row}, indent=1)
             write(args.json, lambda file: file.write(text.encode()))
-    finally:  # a full disk does not lose the results
+    finally:  # the results are printed even if the disk is full
         print_table(rows, floor_row)
-        if args.features == "inception":  # nobody quotes figures of pixels
+        if args.features == "inception":  # figures of pixels need no warnings
             for source in sources:
                 warn_about(source, is_reference=source is sources[0])
 
@@ -377,7 +398,7 @@ def describe(source):
 
 
 def sampling(source):
-    """The settings that sample.py stored beside its images, or None."""
+    """Returns the settings that sample.py stored beside its images, or None."""
     try:
         return dict(json.loads(str(source.extra["protocol"])))
     except (KeyError, ValueError, TypeError):
@@ -386,11 +407,14 @@ def sampling(source):
 
 def print_table(rows, floor_row):
     print(*[f"{name:>15}" for name in METRICS])
-    for row in [*rows, floor_row] if floor_row else rows:
+    shown = list(rows)
+    if floor_row:
+        shown.append(floor_row)
+    for row in shown:
         for name in METRICS:
-            cell = "-" if row[name] is None else f"{row[name]:.4f}"
-            if cell == "-0.0000":
-                cell = "0.0000"
+            cell = "-"
+            if row[name] is not None:
+                cell = f"{round(row[name], 4) + 0.0:.4f}"  # + 0.0 makes 0 of a rounded -0.0
             print(f"{cell:>15}", end=" ")
         print("", row["set"])
 
@@ -408,7 +432,7 @@ def warn_about(source, is_reference):
     if not source.stored and count < 50_000:
         warn(
             f"{source.path}: {count} images; "
-            "the fewer there are, the higher is the FID; papers use 50,000"
+            "the fewer there are, the higher the FID is; papers use 50,000"
         )
     if source.stored and "sfid" not in source.stored:
         warn(f"{source.path}: no mu_s and sigma_s, which sFID needs; --stats writes them")
@@ -418,18 +442,21 @@ def warn_about(source, is_reference):
         warn(f"{source.path}: sorted by class, which makes the Inception Score far too low")
 
 
-# ---- files: sources of images have .path, .shape (N, H, W, 3), .threads that may read at once,
-# .extra (the small arrays of an .npz), .stored (see open_source) and source[i], an image
+# ---- files: a source of images has .path, .shape (N, H, W, 3), .threads (that may read at once),
+# .extra (the small arrays of an .npz), .stored (see open_source), and source[i] is an image
 
 
 EXTRA = ("mu", "sigma", "mu_s", "sigma_s", "arr_1", "protocol")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 OTHER_IMAGES = ".avif .bmp .gif .heic .heif .jfif .jp2 .jxl .pgm .pnm .ppm .tga .tif .tiff"
-MOST_PIXELS = 2**28  # of a resized image: 0.8 GB
+MOST_PIXELS = 2**28  # a resized image may have as many: 0.8 GB
 
 
 def open_source(path, args):
-    """Open and check a set of images. Its .stored has the statistics of an .npz, if they count."""
+    """Opens and checks a set of images. Its .stored holds the statistics of an .npz that are used.
+
+    Raises UserError if there are too few images, or images of another size than --image-size.
+    """
     if path.is_dir():
         source = FolderImages(path, args.image_size)
     elif path.is_file():
@@ -457,7 +484,7 @@ def open_source(path, args):
 
 
 def stored_statistics(source):
-    """Statistics that an .npz holds: {"fid": (mu, sigma), "sfid": (mu_s, sigma_s)}, if present."""
+    """Returns the statistics that an .npz holds: {"fid": (mu, sigma), "sfid": (mu_s, sigma_s)}."""
     stored = {}
     for kind, suffix in (("fid", ""), ("sfid", "_s")):
         mu = source.extra.get(f"mu{suffix}")
@@ -508,7 +535,7 @@ class ArrayImages:
             raise UserError(
                 f"{path}: {dtype} {list(self.shape)} in {size} bytes, "
                 "expected uint8 [N, H, W, 3] in C order; "
-                "of float NCHW in [-1, 1] save 127.5 * x + 128, clipped and transposed"
+                "if it is float NCHW in [-1, 1], save 127.5 * x + 128, clipped and transposed"
             )
 
     def __getitem__(self, i):
@@ -520,7 +547,7 @@ class ArrayImages:
 
 
 class FolderImages:
-    """Images of a folder and its subfolders, sorted by path, as RGB; cropped if a size is given."""
+    """RGB images of a folder and its subfolders, sorted by path, and cropped if a size is given."""
 
     threads = None  # as many as suit the machine
 
@@ -554,14 +581,14 @@ class FolderImages:
         if not file.is_file():
             raise UserError(f"{file}: not a file; remove it")
         with explaining(file, "replace or remove it"), Image.open(file) as image:
-            rgb = to_rgb(image)  # as ADM, whatever EXIF says about the orientation
+            rgb = to_rgb(image)  # like ADM, this ignores the orientation in EXIF
             if self.size:
                 rgb = center_crop(rgb, self.size)
             return np.asarray(rgb)
 
 
 def list_files(folder, parents=()):
-    """Yield the files below a folder, sorted. Links are followed; hidden files are left out."""
+    """Yields the files below a folder, sorted. Links are followed; hidden files are left out."""
     real = os.path.realpath(folder)
     if real in parents:  # a link that leads back
         return
@@ -575,7 +602,7 @@ def list_files(folder, parents=()):
 
 
 def to_rgb(image):
-    """Convert a PIL image to RGB as ADM does, but scale 16-bit grey, which PIL would clip to white.
+    """Converts a PIL image to RGB as ADM does, but scales 16-bit grey, which PIL would clip.
 
     Raises ValueError for 32-bit integers and floats, because their range is unknown.
     """
@@ -589,7 +616,7 @@ def to_rgb(image):
 
 
 def center_crop(image, size):
-    """ADM's crop of a PIL image to size x size: halve it (box), resize it (bicubic), cut it out.
+    """Crops a PIL image to size x size as ADM does: halves it (box), resizes it (bicubic), cuts.
 
     Raises ValueError if it is so narrow that the resized image would fill the memory.
     """
@@ -608,7 +635,7 @@ def center_crop(image, size):
 
 
 def write_reference(path, source, statistics):
-    """Write statistics, and 10,000 random images for precision and recall, as ADM's references."""
+    """Writes what ADM's references hold: statistics, and images for precision and recall."""
     mu, sigma = statistics["fid"]
     mu_s, sigma_s = statistics["sfid"]
     order = np.random.RandomState(0).permutation(source.shape[0])
@@ -618,7 +645,7 @@ def write_reference(path, source, statistics):
 
 
 def write(path, save):
-    """Call save(file). Only a finished file takes the place of an old one."""
+    """Calls save(file). Only a finished file takes the place of an old one."""
     temporary = path.with_name(f"{path.name}.tmp")
     with explaining(path, "name another file or free the disk", OSError):
         try:
@@ -630,7 +657,7 @@ def write(path, save):
 
 
 def file_hash(path):
-    """The first 16 hexadecimal digits of a file's SHA-256; None for a folder."""
+    """Returns the first 16 hexadecimal digits of a file's SHA-256, or None for a folder."""
     if path.is_dir():
         return None
     return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()[:16]
@@ -641,7 +668,10 @@ URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{W
 
 
 def load_weights(model, path):
-    """Load a file, or the published weights (torch.hub's cache, or a download). -> its file_hash"""
+    """Loads a file, by default the published weights, which torch.hub downloads and keeps.
+
+    Returns its file_hash.
+    """
     file = path or Path(torch.hub.get_dir(), "checkpoints", WEIGHTS)
     remedy = f"put the FID Inception weights there, or name your copy with --weights: {URL}"
     with explaining(file, remedy):
@@ -655,18 +685,18 @@ def load_weights(model, path):
 
 
 class UserError(Exception):
-    """Something that the user can repair; its one line names the thing and the remedy."""
+    """An error that the user can repair: one line, which names the thing and the remedy."""
 
 
 def warn(message):
-    """Print a warning, once for all processes."""
+    """Prints a warning, in the first process only."""
     if os.environ.get("RANK", "0") == "0":
         print(f"fid.py: warning: {message}", file=sys.stderr)
 
 
 @contextlib.contextmanager
 def explaining(what, remedy="is the file complete? copy or download it again", errors=Exception):
-    """Turn what a decoder of a user's file raises (ten types and more) into a UserError."""
+    """Turns what a decoder of a user's file raises, ten types and more, into a UserError."""
     try:
         yield
     except UserError:
@@ -681,7 +711,7 @@ def explaining(what, remedy="is the file complete? copy or download it again", e
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
+    """An ArgumentParser whose errors are one line."""
 
     def error(self, message):
         raise UserError(message)
@@ -734,14 +764,14 @@ def parse_args(argv=None):
 
 
 def path_name(text):
-    """An argparse type: Path("") would be the current folder."""
+    """An argparse type. It refuses the empty name, because Path("") is the current folder."""
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; name a file or a folder")
     return Path(text)
 
 
 def check_output(what, path, inputs):
-    """Refuse a file that cannot be written, before the work begins."""
+    """Refuses a file that cannot be written, before the work begins."""
     if path.resolve() in [file.resolve() for file in inputs if file]:
         raise UserError(f"{what}: is an input as well; name another file")
     usable = path.is_file() or not path.exists()
@@ -753,7 +783,7 @@ TORCHRUN = "start several processes with torchrun, or unset RANK, LOCAL_RANK and
 
 
 def launch():
-    """Rank, rank on this machine, and number of processes, from the variables of torchrun."""
+    """Returns rank, rank on this machine and number of processes, as torchrun sets them."""
     rank = process_number("RANK", "0")
     local_rank = process_number("LOCAL_RANK", "0")
     world = process_number("WORLD_SIZE", "1")
@@ -771,7 +801,7 @@ def process_number(name, default):
 
 
 def evaluate(args):
-    """Everything that the program does. All sources are looked at before the work begins."""
+    """Runs the program. It checks all sources before the work begins."""
     rank, local_rank, world = launch()
     sources = [open_source(path, args) for path in args.paths]
 
@@ -783,7 +813,7 @@ def evaluate(args):
     if world > 1:
         backend = "nccl" if args.device == "cuda" else "gloo"
         with explaining("the other processes", TORCHRUN, (RuntimeError, ValueError)):
-            # hours, because a later part of a deflated file has more before it to unpack
+            # six hours, because whoever reads the end of a deflated file unpacks all before it
             dist.init_process_group(backend, timeout=timedelta(hours=6))
 
     model = PixelFeatures()
@@ -805,7 +835,7 @@ def evaluate(args):
 
 
 def main(argv=None):
-    """Run the command line. What a user can repair becomes one line and exit code 1."""
+    """Runs the command line. What a user can repair becomes one line and exit code 1."""
     try:
         args = parse_args(argv)
         evaluate(args)
@@ -819,9 +849,17 @@ def main(argv=None):
 
 
 def interrupt(*_):
-    """End in one line on Ctrl-C. The next one is ignored: it would disturb the end of this one."""
+    """Ends in one line on Ctrl-C. A second one is ignored, because it would disturb the end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise SystemExit("fid.py: interrupted")
+
+
+def main_and_flush():
+    """Runs main and flushes what it printed, also if it ends early, as --help does."""
+    try:
+        main()
+    finally:
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
@@ -829,9 +867,6 @@ if __name__ == "__main__":
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None if it is closed
     sys.stdout.reconfigure(errors="backslashreplace")  # a file name may hold what it cannot encode
     try:
-        try:
-            main()
-        finally:
-            sys.stdout.flush()
+        main_and_flush()
     except BrokenPipeError:  # its reader has gone, as in `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

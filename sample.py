@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 sample.py runs/repa --num-images 50000 --sampler sde --steps 250 \\
         --cfg 1.8 --interval 0 0.7 --out samples.npz
 
-Image i depends on (seed, i) alone, not on the batch size or the number of processes. A command that
-was killed continues when it is run again.
+Image i depends on (seed, i) alone, not on the batch size or the number of processes. Run a killed
+command again to continue it.
 
     flow matching   x_t = (1 - t) x + t eps, t = 0 is data and t = 1 is noise (arXiv 2410.06940)
                     the network predicts v = eps - x
@@ -41,17 +41,17 @@ import files
 from extract_features import load_autoencoder
 from files import UserError, number
 
-# ---- Samplers: pure functions of a model, a start and a schedule
-# They call model(x, t) with a number t, and keep x in float64.
+# ---- Samplers: functions of a model, a start and a schedule, which are pure but for noise()
+# They call model(x, t) with a float t, and keep x in float64.
 
 
 def ode_times(steps, first=1.0):
-    """From `first` (1 = noise) to 0 = data in equal steps: float64 [steps + 1]."""
+    """Returns times from `first` (1 = noise) to 0 (= data) in equal steps: float64 [steps + 1]."""
     return torch.linspace(first, 0, steps + 1, dtype=torch.float64)
 
 
 def sde_times(steps, last=0.04, first=1.0):
-    """REPA's grid: `steps` points from `first` to `last`, then 0: float64 [steps + 1].
+    """Returns REPA's `steps` times from `first` to `last`, then 0: float64 [steps + 1].
 
     The step from `last` to 0 is deterministic: the score has a factor 1 / t.
     """
@@ -60,37 +60,41 @@ def sde_times(steps, last=0.04, first=1.0):
 
 
 def edm_sigmas(steps=40, low=0.002, high=80.0, rho=7):
-    """EDM's noise levels from `high` to `low`, then 0: float64 [steps + 1]."""
+    """Returns EDM's noise levels from `high` to `low`, then 0: float64 [steps + 1]."""
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     roots = high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))
     return torch.nn.functional.pad(roots**rho, (0, 1))  # appends 0
 
 
 def flow_ode(model, x, times, heun=False):
-    """Probability-flow ODE dx/dt = v(x, t) along `times` (see ode_times) from noise x [N, C, H, W].
+    """Solves dx/dt = v(x, t) along `times` (see ode_times), from noise x [N, C, H, W].
 
-    model(x, t) -> v. Euler's method, or Heun's, which corrects every step but the last.
+    model(x, t) -> v. The method is Euler's, or Heun's, which corrects every step but the last.
     Returns float64.
     """
     x = x.double()
     for t, t_next in pairwise(times.tolist()):
-        v = model(x, t).double()                                      # (N, C, H, W)
+        v = model(x, t).double()                                      # [N, C, H, W]
         if heun and t_next > 0:  # no slope is known at t = 0
-            v = (v + model(x + (t_next - t) * v, t_next).double()) / 2
+            x_next = x + (t_next - t) * v
+            v_next = model(x_next, t_next).double()
+            v = (v + v_next) / 2
         x = x + (t_next - t) * v
     return x
 
 
 def flow_sde(model, x, times, noise):
-    """Reverse SDE by Euler-Maruyama along `times` (see sde_times) from noise x [N, C, H, W].
+    """Solves the reverse SDE by Euler-Maruyama along `times` (see sde_times), from noise x.
 
-    model(x, t) -> v; noise() -> N(0, 1) like x. Returns float64. The diffusion coefficient is
-    w_t = 2t, as in REPA's code. Its paper says w_t = t in SiT's convention, where the noise is
-    sqrt(2 w_t): that is the same sampler.
+    model(x, t) -> v; noise() -> N(0, 1) like x [N, C, H, W]. Returns float64.
+    paper: REPA's noise is sqrt(2 w dt) eps with w = t, in SiT's convention / official code: it is
+    sqrt(w dt) eps with w = 2t / here: as in the code, the same sampler because w_here = 2 w_paper.
     """
     x = x.double()
     for t, t_next in pairwise(times.tolist()):
-        drift = (2 - t) * model(x, t).double() + x  # v - t s, since t s = -((1 - t) v + x)
+        v = model(x, t).double()                                      # [N, C, H, W]
+        score = -((1 - t) * v + x) / t
+        drift = v - t * score
         x = x + (t_next - t) * drift
         if t_next > 0:
             x = x + math.sqrt(2 * t * (t - t_next)) * noise()
@@ -98,10 +102,10 @@ def flow_sde(model, x, times, noise):
 
 
 def edm_heun(denoiser, x, sigmas):
-    """EDM's deterministic sampler along `sigmas` (see edm_sigmas) from normal noise x [N, C, H, W].
+    """Runs EDM's deterministic sampler along `sigmas` (see edm_sigmas), from N(0, 1) noise x.
 
-    denoiser(x, sigma) -> D. Heun's method takes two evaluations a step, and one in the last step.
-    Returns float64.
+    denoiser(x, sigma) -> D; x [N, C, H, W]. Heun's method evaluates it twice in every step but the
+    last. Returns float64.
     """
 
     def slope(x, sigma):
@@ -112,7 +116,7 @@ def edm_heun(denoiser, x, sigmas):
 
 
 def edm_denoiser(network):
-    """network(x, sigma) -> F as the denoiser D = c_skip x + c_out F."""
+    """Turns network(x, sigma) -> F into the denoiser (x, sigma) -> D = c_skip x + c_out F."""
 
     def denoiser(x, sigma):
         c_skip, c_out, _, _ = dit.edm_coefficients(torch.tensor(sigma, dtype=torch.float64))
@@ -122,47 +126,48 @@ def edm_denoiser(network):
 
 
 def guided(model, y, scale=1.0, interval=None, guide=None, control=None, control_scale=None):
-    """The function (x, t) -> v of a model and classes y [N], guided where low <= t <= high.
+    """Returns the function (x, t) -> v of a model for classes y [N], guided where low <= t <= high.
 
-    interval: (low, high), or None for all t. For control c [N, 7] the guided velocity is
-        v_guided = v_weak + scale (v(y, c) - v_weak)
-    where v_weak is v(null, c) (classifier-free guidance), or that of a weaker network `guide` at
-    (y, c) (autoguidance, arXiv 2406.02507). If the control has a scale as well (arXiv 2411.03177),
-        v_guided = v(0, 0) + scale (v(y, 0) - v(0, 0)) + scale control_scale (v(y, c) - v(y, 0))
-    where 0 stands for the null class and for no control. EDM's denoiser is affine in F, so guiding
-    F guides it.
-    paper: its guidance formula was not read / here: reconstructed from the two scales it names.
-    official code: DiT and SiT guide only three of four channels (DiT#41) / here: all, as in REPA.
+    interval: (low, high), or None for all t. Guidance turns v into v_weak + scale (v - v_weak).
+        v = v(y, c), where the control c [N, 7] may be None
+        v_weak = v(null, c)     classifier-free guidance
+        v_weak = guide(y, c)    autoguidance by a weaker model (arXiv 2406.02507)
+    With a control_scale (arXiv 2411.03177), where 0 is a control of zeros, which means none:
+        v = v(y, 0) + control_scale (v(y, c) - v(y, 0))
+        v_weak = v(null, 0)
+    EDM's denoiser is affine in F, so guiding F guides it.
+    paper: we could not read its formula / here: it is reconstructed from the paper's two scales.
+    official code: DiT and SiT guide three of four channels (DiT#41) / here: all, as in REPA.
     official code: Heun's second evaluation is guided if the step starts inside the interval / here:
-    if its own t is inside.
+    it is guided if its own t is inside.
     """
     null = torch.full_like(y, model.num_classes)
     low, high = interval or (0, math.inf)
-    plain = scale <= 1 and control_scale is None
+    unguided = scale <= 1 and control_scale is None
 
-    def evaluate(x, times, *cases):
-        """The velocities of several pairs (classes, control), computed in one batch."""
-        n = len(cases)
-        classes = torch.cat([classes for classes, _ in cases])        # (n N,)
-        controls = None
+    def evaluate(x, t, classes, controls):
+        """Returns the n velocities for n lists of classes and of controls, from one batch."""
+        n = len(classes)
+        rows = None
         if control is not None:
-            controls = torch.cat([rows for _, rows in cases])         # (n N, 7)
-        v = model(x.repeat(n, 1, 1, 1), times.repeat(n), classes, control=controls)
-        return v.chunk(n)                                             # n times (N, C, H, W)
+            rows = torch.cat(controls)                                # [n N, 7]
+        v = model(x.repeat(n, 1, 1, 1), t.repeat(n), torch.cat(classes), control=rows)
+        return v.chunk(n)                                             # n times [N, C, H, W]
 
     def velocity(x, t):
         x = x.float()
-        times = torch.full((len(x),), t, device=x.device)             # (N,)
-        if plain or not low <= t <= high:
-            return model(x, times, y, control=control)
+        inside = low <= t <= high
+        t = torch.full((len(x),), t, device=x.device)                 # [N]
+        if unguided or not inside:
+            return model(x, t, y, control=control)
         if guide is not None:
-            v = model(x, times, y, control=control)
-            v_weak = guide(x, times, y, control=control)
+            v = model(x, t, y, control=control)
+            v_weak = guide(x, t, y, control=control)
         elif control_scale is None:
-            v, v_weak = evaluate(x, times, (y, control), (null, control))
+            v, v_weak = evaluate(x, t, [y, null], [control, control])
         else:
-            none = 0 * control
-            v_control, v_class, v_weak = evaluate(x, times, (y, control), (y, none), (null, none))
+            zeros = torch.zeros_like(control)  # no control
+            v_control, v_class, v_weak = evaluate(x, t, [y, y, null], [control, zeros, zeros])
             v = v_class + control_scale * (v_control - v_class)
         return v_weak + scale * (v - v_weak)
 
@@ -173,7 +178,7 @@ def guided(model, y, scale=1.0, interval=None, guide=None, control=None, control
 
 
 def image_generators(seed, indices):
-    """One generator per image, seeded by (seed, index)."""
+    """Returns one generator per image, seeded by (seed, index)."""
     generators = []
     for i in indices:
         sequence = np.random.SeedSequence([seed, int(i)])
@@ -183,22 +188,24 @@ def image_generators(seed, indices):
 
 
 def choose_labels(labels, indices, classes, seed):
-    """Class of each image index: int64 [n].
+    """Returns the class of each image index: int64 [n].
 
-    labels: "random" or "balanced" (in turn) among `classes`, or a list of classes that take turns.
+    labels: "random" among `classes`; "balanced", in which `classes` take turns; or a list of
+    classes that take turns instead.
     """
     if labels == "random":
-        # a stream of its own: the noise of image i does not depend on its label
+        # streams of their own (1): the noise of image i does not depend on its label
         streams = [np.random.default_rng([seed, int(i), 1]) for i in indices]
         chosen = [classes[stream.integers(len(classes))] for stream in streams]
     else:
-        turns = classes if labels == "balanced" else labels
-        chosen = [turns[int(i) % len(turns)] for i in indices]
+        if labels != "balanced":
+            classes = labels
+        chosen = [classes[int(i) % len(classes)] for i in indices]
     return torch.tensor(chosen, dtype=torch.int64)
 
 
 def choose_control(control, table, y, indices, seed):
-    """Control rows [n, 7] of the images `indices` with classes y [n], or None for no control.
+    """Returns the control [n, 7] of the images `indices` with classes y [n], or None for none.
 
     control: "none"; "empirical", a random row of the image's class in `table` [classes, rows, 7];
     "fixed", a sharp whole image of 512 x 512 pixels (our choice); or seven numbers h0, w0, top,
@@ -216,31 +223,30 @@ def choose_control(control, table, y, indices, seed):
 
 
 def choose_sampler(model, sampler=None, steps=None):
-    """The name of the sampler, and its times or noise levels [steps + 1].
+    """Returns the name of the sampler, and its times or noise levels [steps + 1].
 
-    By default ode in 50 steps, or edm in 40. UserError if the sampler is for other models.
+    The default is ode in 50 steps, or edm in 40 for an SDDiT. Raises UserError if the sampler does
+    not fit the model.
     """
     fitting = ["ode", "heun", "sde"]
     if isinstance(model, dit.SDDiT):
         fitting = ["edm"]
     sampler = sampler or fitting[0]
     if sampler not in fitting:
-        kind = type(model).__name__
-        raise UserError(f"--sampler {sampler}: does not fit a {kind}; use {' or '.join(fitting)}")
+        raise UserError(f"--sampler {sampler}: does not fit this model; use {' or '.join(fitting)}")
 
     if sampler == "edm":
         return sampler, model.time_shift * edm_sigmas(steps or 40)
     grid = sde_times if sampler == "sde" else ode_times
-    first = getattr(model, "first_time", 1.0)  # of a NoiseDiT
-    times = grid(steps or 50, first=first)
+    times = grid(steps or 50, first=model.first_time)
     return sampler, dit.shift_time(times, model.time_shift)
 
 
 @torch.no_grad()
 def generate(model, indices, y, sampler=None, steps=None, seed=0, control=None, **guidance):
-    """Latents float64 [N, C, H, W] of the images `indices` with classes y [N] and control [N, 7].
+    """Draws the images `indices` with classes y [N] and control [N, 7].
 
-    sampler, steps: see choose_sampler. guidance: see guided.
+    Returns latents, float64 [N, C, H, W]. sampler, steps: see choose_sampler. guidance: see guided.
     """
     sampler, times = choose_sampler(model, sampler, steps)
     device = next(model.parameters()).device
@@ -250,7 +256,7 @@ def generate(model, indices, y, sampler=None, steps=None, seed=0, control=None, 
     def noise():
         shape = (model.in_channels, side, side)
         eps = [torch.randn(shape, generator=generator) for generator in generators]
-        return torch.stack(eps).to(device)                            # (N, C, H, W)
+        return torch.stack(eps).to(device)                            # [N, C, H, W]
 
     if control is not None:
         control = control.to(device)
@@ -258,7 +264,7 @@ def generate(model, indices, y, sampler=None, steps=None, seed=0, control=None, 
     if sampler == "edm":
         return edm_heun(edm_denoiser(network), noise(), times)
 
-    # at a first time t below 1 (NoiseDiT), x_t has the variance (1 - t)^2 + t^2 if that of x is 1
+    # a NoiseDiT starts at t < 1, where x_t has the variance (1 - t)^2 + t^2 if that of x is 1
     start = noise() * math.hypot(1 - times[0], times[0])
     if sampler == "sde":
         return flow_sde(network, start, times, noise)
@@ -266,18 +272,18 @@ def generate(model, indices, y, sampler=None, steps=None, seed=0, control=None, 
 
 
 def to_autoencoder(latents, data):
-    """Latents of a model -> latents of the autoencoder: the inverse of CachedFeatures.latents."""
+    """Turns latents of a model into the autoencoder's: the inverse of CachedFeatures.latents."""
     return latents / data["latent_scale"] + data["latent_shift"]
 
 
 def decode(latents, autoencoder, data, indices=None):
-    """Latents as the model makes them -> uint8 images [N, H, W, 3].
+    """Turns latents of a model into uint8 images [N, H, W, 3].
 
-    indices: the numbers of the images, for the UserError that names those that are not finite.
-    official code: REPA and ADM truncate 255 (x + 1) / 2, half a level darker / here: rounded, as in
-    SiT.
+    Raises UserError if images are not finite, and names them by their `indices` (default: from 0).
+    official code: REPA and ADM truncate 255 (x + 1) / 2, which is half a level darker / here: it is
+    rounded, as in SiT.
     """
-    images = autoencoder.decode(to_autoencoder(latents, data).float())  # (N, 3, H, W)
+    images = autoencoder.decode(to_autoencoder(latents, data).float())  # [N, 3, H, W]
     finite = images.isfinite().flatten(1).all(1).tolist()
     indices = range(len(images)) if indices is None else indices
     bad = [str(i) for i, good in zip(indices, finite, strict=True) if not good]
@@ -291,7 +297,10 @@ def decode(latents, autoencoder, data, indices=None):
 
 
 def save_grid(images, path, columns, gap=4):
-    """uint8 [n, H, H, 3] -> a PNG, `columns` images a row, each enlarged to at least 48 pixels."""
+    """Writes images, uint8 [n, H, H, 3], as a PNG with `columns` images in a row.
+
+    Small images are enlarged to at least 48 pixels.
+    """
     side = images.shape[1]
     zoom = max(1, math.ceil(48 / side))
     cell = zoom * side + gap
@@ -307,18 +316,18 @@ def save_grid(images, path, columns, gap=4):
 
 
 def preview(model, cache, autoencoder, path, seed=0, precision="fp32", **options):
-    """Draws the picture of a training script: four rows of images, a class per column, at most ten.
+    """Draws the picture of a training script: four rows of images, with a class in each column.
 
     cache: the CachedFeatures of the run. options: those of `generate`, such as sampler, steps and
-    scale. There is no picture if images are not finite.
+    scale. Writes no picture if images are not finite.
     """
     classes = np.unique(cache.labels)  # those with images
-    columns = 10
-    if 1 < len(classes) < 10:
-        columns = len(classes)
+    columns = min(len(classes), 10)
+    if columns == 1:
+        columns = 10  # a single class fills a picture of the usual width
     spread = np.linspace(0, len(classes) - 1, columns).astype(int)
     indices = range(4 * columns)
-    y = choose_labels(classes[spread].tolist(), indices, None, seed)
+    y = choose_labels("balanced", indices, classes[spread].tolist(), seed)
     control = choose_control("empirical", cache.control_table, y, indices, seed)
     device = next(model.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -337,13 +346,14 @@ MAX_GRID = 2**26  # pixels
 
 
 def control_row(text):
-    """An argparse type: empirical, fixed, none, or the seven numbers of a box inside its image."""
+    """An argparse type: empirical, fixed, none, or seven numbers. The box must lie in its image."""
     if text in ("empirical", "fixed", "none"):
         return text
     row = [number(int, 0, 10**6)(word) for word in text.split(",")]
     if len(row) != 7:
-        expected = "empirical, fixed, none, or h0,w0,top,left,h,w,flip"
-        raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
+        raise argparse.ArgumentTypeError(
+            f"{text}: expected empirical, fixed, none, or h0,w0,top,left,h,w,flip"
+        )
     h0, w0, top, left, h, w, flip = row
     if min(h, w) < 1 or top + h > h0 or left + w > w0 or flip > 1:
         raise argparse.ArgumentTypeError(
@@ -359,9 +369,8 @@ def parse_args(argv=None):
         help="a run folder, its last.pt or STEP.pt, or an official file of REPA, SiT or DiT")
 
     add = parser.add_argument_group("images").add_argument
-    # before Python 3.12.7, torchrun takes --num for an ambiguous option of its own
     add("--num", "--num-images", type=number(int, 1, 2**31), default=100,
-        help="number of images")
+        help="number of images; torchrun before Python 3.12.7 needs --num-images")
     add("--out", type=Path,
         help="write an ADM .npz: arr_0 uint8 [N, H, W, 3], arr_1 labels, protocol")
     add("--grid", type=Path,
@@ -372,7 +381,7 @@ def parse_args(argv=None):
         help="size, crop and flip: empirical draws those of a training image of the class, fixed"
         " is a whole image of 512 x 512 pixels, none leaves them open; or h0,w0,top,left,h,w,flip")
     add("--seed", type=number(int, 0), default=0,
-        help="image i follows from the seed and i")
+        help="image i depends on the seed and i alone")
 
     add = parser.add_argument_group("sampler and guidance").add_argument
     add("--sampler", choices=["ode", "heun", "sde", "edm"],
@@ -408,7 +417,7 @@ def parse_args(argv=None):
 
 
 def check_args(parser, args):
-    """Refuse flags that do not go together."""
+    """Refuses flags that do not go together: no output, wrong endings, guidance without a scale."""
     if not (args.out or args.grid):
         parser.error("nothing to write: give --out samples.npz, --grid grid.png, or both")
     for flag, path, suffix in (("--out", args.out, ".npz"), ("--grid", args.grid, ".png")):
@@ -425,7 +434,10 @@ def check_args(parser, args):
 
 
 def class_indices(text, classes):
-    """Indices of the classes in a list A,B: all its words are names, or all of them are indices."""
+    """Returns the indices of the classes in a list A,B, whose words are all names or all indices.
+
+    Raises UserError for any other list.
+    """
     words = text.split(",")
     if set(words) <= set(classes):
         return [classes.index(word) for word in words]
@@ -439,13 +451,13 @@ def class_indices(text, classes):
 
 
 def used_classes(data):
-    """Indices of the classes that have training images."""
+    """Returns the indices of the classes that have training images."""
     empty = data.get("empty_classes", [])
     return [i for i in range(len(data["classes"])) if i not in empty]
 
 
 def check_outputs(args):
-    """UserError unless --out and --grid can be written."""
+    """Refuses an --out that exists, and a --grid whose folder does not or that is a folder."""
     if args.out and args.out.exists():
         raise UserError(f"--out {args.out} exists; delete it or choose another name")
     if args.grid and (not args.grid.parent.is_dir() or args.grid.is_dir()):
@@ -453,25 +465,25 @@ def check_outputs(args):
 
 
 def prepare(args, device):
-    """What sample_images needs: model, guide or None, autoencoder, checkpoint, and the protocol.
+    """Returns what sample_images needs: model, guide or None, autoencoder, checkpoint, protocol.
 
     The protocol holds all that the images depend on. Nothing is written, and `args` stays as it is.
-    UserError for whatever does not fit.
+    Raises UserError if anything does not fit.
     """
     check_outputs(args)
     # a training script may replace its last.pt at any time: the hash comes right before the weights
     checkpoint_hash = files.file_hash(args.checkpoint)
     model, checkpoint = files.load_model(args.checkpoint, args.weights, device, args.official)
-    guide = None
-    guide_hash = None
+    guide = guide_hash = None
     if args.guide:
         guide_hash = files.file_hash(args.guide)
         guide = load_guide(args, model, checkpoint["config"], device)
     data = checkpoint["data"]
     pixels = args.num * max(48, data["image_size"]) ** 2
     if args.grid and pixels > MAX_GRID:
-        remedy = "lower --num, or give --out alone"
-        raise UserError(f"--grid: {args.num} images are {pixels} pixels, over {MAX_GRID}; {remedy}")
+        raise UserError(
+            f"--grid: {args.num} images are over {MAX_GRID} pixels; lower --num or drop --grid"
+        )
 
     sampler, times = choose_sampler(model, args.sampler, args.steps)
     labels = args.labels
@@ -515,7 +527,7 @@ def prepare(args, device):
 
 
 def load_guide(args, model, config, device):
-    """The model of --guide. UserError unless it can take the place of the null class."""
+    """Returns the model of --guide. Refuses one of other latents, other classes or another loss."""
     guide, checkpoint = files.load_model(args.guide, args.weights, device, args.official)
     for key in ("input_size", "in_channels", "num_classes"):
         found = checkpoint["config"][key]
@@ -523,12 +535,12 @@ def load_guide(args, model, config, device):
             raise UserError(f"--guide {args.guide}: its {key} is {found}, not {config[key]}")
     for kind in (dit.SDDiT, dit.NoiseDiT):
         if isinstance(guide, kind) != isinstance(model, kind):
-            raise UserError(f"--guide {args.guide}: was trained with another loss than the model")
+            raise UserError(f"--guide {args.guide}: was trained with another loss")
     return guide
 
 
 def check_guidance(args, model, checkpoint, control):
-    """UserError if the model cannot be guided as the flags ask."""
+    """Refuses guidance that the model was not trained for."""
     if args.control_cfg is not None:
         dropped = checkpoint["args"].get("control_drop") != 0
         if args.guide or control == "none" or not dropped:
@@ -543,19 +555,21 @@ def check_guidance(args, model, checkpoint, control):
 
 
 def fitting_autoencoder(vae, checkpoint, device):
-    """The autoencoder named `vae`. UserError unless it decodes the latents of the checkpoint."""
+    """Returns the autoencoder named `vae`. Refuses one for latents or images of other shapes."""
     autoencoder = load_autoencoder(vae, device)
     channels = checkpoint["config"]["in_channels"]
     side = checkpoint["data"]["image_size"]
     decoded = autoencoder.downsampling * checkpoint["config"]["input_size"]
     if (autoencoder.channels, decoded) != (channels, side):
-        found = f"decodes {autoencoder.channels} channels to {decoded} pixels"
-        raise UserError(f"--vae {vae}: {found}, not {channels} to {side}")
+        raise UserError(
+            f"--vae {vae}: decodes {autoencoder.channels} channels to {decoded} pixels,"
+            f" not {channels} to {side}"
+        )
     return autoencoder
 
 
 def draw_batch(batch, model, guide, autoencoder, checkpoint, protocol):
-    """The images of a range of indices: uint8 [n, H, W, 3]."""
+    """Draws the images of a range of indices: uint8 [n, H, W, 3]."""
     data = checkpoint["data"]
     seed = protocol["seed"]
     y = choose_labels(protocol["labels"], batch, used_classes(data), seed)
@@ -579,7 +593,10 @@ def draw_batch(batch, model, guide, autoencoder, checkpoint, protocol):
 
 
 def part_is_whole(path, batch, side):
-    """Whether a part is there, undamaged, and of this batch: --batch-size may have been another."""
+    """Returns whether a part is there, undamaged, and of this batch.
+
+    A run that was killed may have had another --batch-size.
+    """
     try:
         with safetensors.safe_open(path, "pt") as file:
             return file.get_slice("images").get_shape() == [len(batch), side, side, 3]
@@ -592,7 +609,10 @@ def read_part(path):
 
 
 def write_npz(path, parts, labels, protocol, side):
-    """Join the parts to arr_0 of an .npz, one at a time: together they may not fit into memory."""
+    """Joins the parts to the array arr_0 of an .npz, which also gets the labels and the protocol.
+
+    Together, the images may not fit into memory, so they are read and written one part at a time.
+    """
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), side, side, 3)}
     arrays = {"arr_1": labels, "protocol": np.array(json.dumps(protocol))}
 
@@ -610,7 +630,7 @@ def write_npz(path, parts, labels, protocol, side):
 
 
 def sample_images(args):
-    """Draw this process's share of the images, a part per batch; the first process joins them."""
+    """Draws this process's share of the images, a part per batch. The first process joins them."""
     rank, world, device = files.launch()
     model, guide, autoencoder, checkpoint, protocol = prepare(args, device)
     data = checkpoint["data"]
@@ -622,22 +642,23 @@ def sample_images(args):
     files.barrier()
 
     parts = {}
+    missing = []
+    left = 0
     for start in range(0, args.num, args.batch_size):
         batch = range(start, min(start + args.batch_size, args.num))
         parts[batch] = folder / f"{start:08d}.safetensors"
-    missing = [batch for batch in parts if not part_is_whole(parts[batch], batch, side)]
+        if not part_is_whole(parts[batch], batch, side):
+            missing.append(batch)
+            left += len(batch)
     files.barrier()  # all processes have looked before one of them writes
 
-    left = sum(map(len, missing))
     pause = 0.1 if sys.stderr.isatty() else 60  # seconds between two states of the bar
     bar = tqdm(total=left, unit="img", mininterval=pause, disable=rank > 0)
-    for first in range(0, len(missing), world):
-        turn = missing[first : first + world]  # a batch for each process
-        if rank < len(turn):
-            batch = turn[rank]
+    for i, batch in enumerate(missing):
+        if i % world == rank:
             images = draw_batch(batch, model, guide, autoencoder, checkpoint, protocol)
             files.write_tensors(parts[batch], {"images": torch.from_numpy(images)})
-        bar.update(sum(map(len, turn)))
+        bar.update(len(batch))
     bar.close()
     files.barrier()
     if world > 1:
@@ -660,7 +681,11 @@ def sample_images(args):
 
 
 def closing_line(args, protocol, classes):
-    """What was written, the protocol, and what the user may not expect."""
+    """Returns the line that says what was written, with the protocol.
+
+    It also says how --labels were read if names of classes are numbers, and warns of averages that
+    are still close to the initial weights.
+    """
     written = " and ".join(str(path) for path in (args.out, args.grid) if path)
     entries = [f"{key} {value}" for key, value in protocol.items() if value is not None]
     line = f"{written}: {', '.join(entries)}"
