@@ -657,8 +657,8 @@ def read_ahead(dataset, workers, **options):
     If a worker dies, this raises UserError within five seconds. PyTorch's own handler is removed,
     because it would raise at any point of the program.
     If a signal comes, the workers ignore it, because the last step still needs them.
-    If the program ends, `kill_children` ends them. Python would send SIGTERM, which they ignore, and
-    wait for them forever.
+    If the program ends, `kill_children` ends them. Python would send SIGTERM, which they ignore,
+    and wait for them forever.
     """
     shield = files.shield_worker
     batches = iter(DataLoader(dataset, num_workers=workers, worker_init_fn=shield, **options))

@@ -457,9 +457,9 @@ def open_source(path, args):
 
     Raises UserError if there are too few images, or images of another size than --image-size.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike path.is_dir, this bears a name that is too long
         source = FolderImages(path, args.image_size)
-    elif path.is_file():
+    elif os.path.isfile(path):
         source = ArrayImages(path)
     else:
         raise UserError(f"{path}: no such file or folder")
@@ -531,7 +531,8 @@ class ArrayImages:
         self.start = self.file.tell()
 
         complete = self.start + math.prod(self.shape) == size
-        if dtype != np.uint8 or self.shape[3:] != (3,) or fortran_order or not complete:
+        flat = 0 in self.shape[1:]
+        if dtype != np.uint8 or self.shape[3:] != (3,) or flat or fortran_order or not complete:
             raise UserError(
                 f"{path}: {dtype} {list(self.shape)} in {size} bytes, "
                 "expected uint8 [N, H, W, 3] in C order; "
@@ -646,7 +647,7 @@ def write_reference(path, source, statistics):
 
 def write(path, save):
     """Calls save(file). Only a finished file takes the place of an old one."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with explaining(path, "name another file or free the disk", OSError):
         try:
             with open(temporary, "wb") as file:
@@ -772,10 +773,11 @@ def path_name(text):
 
 def check_output(what, path, inputs):
     """Refuses a file that cannot be written, before the work begins."""
-    if path.resolve() in [file.resolve() for file in inputs if file]:
+    taken = [os.path.realpath(file) for file in inputs if file]
+    if os.path.realpath(path) in taken:
         raise UserError(f"{what}: is an input as well; name another file")
-    usable = path.is_file() or not path.exists()
-    if not usable or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    usable = os.path.isfile(path) or not os.path.lexists(path)
+    if not usable or not os.path.isdir(path.parent) or not os.access(path.parent, os.W_OK):
         raise UserError(f"{what}: cannot be written; name a file in an existing folder")
 
 
@@ -868,5 +870,5 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # a file name may hold what it cannot encode
     try:
         main_and_flush()
-    except BrokenPipeError:  # its reader has gone, as in `| head -1`
+    except BrokenPipeError:  # the reader has gone, as in `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -32,6 +32,7 @@ import zipfile
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed as dist
@@ -193,6 +194,19 @@ def model_name(text):
     except ValueError as error:
         raise argparse.ArgumentTypeError(error) from None
     return text
+
+
+# ---- random numbers
+
+USES = ("step", "epoch", "blocks", "image", "label", "control", "crop")
+
+
+def random_stream(use, seed, index):
+    """Returns NumPy's generator for one use of (seed, index). No two uses share a stream."""
+    return np.random.default_rng([1 + USES.index(use), seed, index])
+
+
+SEED = number(int, 0, 2**32 - 1)  # an argparse type: one word of NumPy's seed sequence
 
 
 # ---- processes and signals
@@ -461,6 +475,15 @@ def file_hash(path):
 
 
 # ---- checkpoints
+
+
+def warn_of_start(ema, step):
+    """Returns a warning if the averaged weights still hold more than 5 % of the initial ones."""
+    share = (ema or 0) ** step
+    if share < 0.05:
+        return ""
+    return f"; the averages are still {share:.0%} initial weights: try sample.py --weights model"
+
 
 # what a model must know of its data: entries of a cache's meta.json, and of a checkpoint's "data"
 DATA = {
@@ -818,6 +841,7 @@ class TrainingLog:
         self.rank = rank
         self.world = world
         self.steps = args.steps
+        self.ema = args.ema
         self.global_batch = args.batch_size
         self.flops = flops
         self.bad_in_a_row = 0
@@ -911,5 +935,7 @@ class TrainingLog:
         if self.bad_in_a_row:
             raise UserError(f"at the last step, {step}: {self.explain_bad()}")
         pictures = sorted(self.path.parent.glob("samples-*.png"))
-        shown = f"; pictures: {self.path.parent}/samples-*.png" if pictures else ""
+        shown = ""
+        if pictures:
+            shown = f"; pictures: {self.path.parent}/samples-*.png{warn_of_start(self.ema, step)}"
         print(f"{self.path.parent} is at step {step}{shown}")

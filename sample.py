@@ -179,12 +179,7 @@ def guided(model, y, scale=1.0, interval=None, guide=None, control=None, control
 
 def image_generators(seed, indices):
     """Returns one generator per image, seeded by (seed, index)."""
-    generators = []
-    for i in indices:
-        sequence = np.random.SeedSequence([seed, int(i)])
-        state = sequence.generate_state(1, np.uint64)[0]
-        generators.append(torch.Generator().manual_seed(int(state)))
-    return generators
+    return [files.random_stream("image", seed, int(i)) for i in indices]
 
 
 def choose_labels(labels, indices, classes, seed):
@@ -195,7 +190,7 @@ def choose_labels(labels, indices, classes, seed):
     """
     if labels == "random":
         # streams of their own (1): the noise of image i does not depend on its label
-        streams = [np.random.default_rng([seed, int(i), 1]) for i in indices]
+        streams = [files.random_stream("label", seed, int(i)) for i in indices]
         chosen = [classes[stream.integers(len(classes))] for stream in streams]
     else:
         if labels != "balanced":
@@ -214,7 +209,7 @@ def choose_control(control, table, y, indices, seed):
     if control == "none" or table is None:
         return None
     if control == "empirical":
-        streams = [np.random.default_rng([seed, int(i), 2]) for i in indices]
+        streams = [files.random_stream("control", seed, int(i)) for i in indices]
         rows = [stream.integers(table.shape[1]) for stream in streams]
         return table[y, torch.tensor(rows)]
     if control == "fixed":
@@ -255,8 +250,8 @@ def generate(model, indices, y, sampler=None, steps=None, seed=0, control=None, 
 
     def noise():
         shape = (model.in_channels, side, side)
-        eps = [torch.randn(shape, generator=generator) for generator in generators]
-        return torch.stack(eps).to(device)                            # [N, C, H, W]
+        eps = [generator.standard_normal(shape, np.float32) for generator in generators]
+        return torch.from_numpy(np.stack(eps)).to(device)             # [N, C, H, W]
 
     if control is not None:
         control = control.to(device)
@@ -380,7 +375,7 @@ def parse_args(argv=None):
     add("--control", type=control_row, default="empirical",
         help="size, crop and flip: empirical draws those of a training image of the class, fixed"
         " is a whole image of 512 x 512 pixels, none leaves them open; or h0,w0,top,left,h,w,flip")
-    add("--seed", type=number(int, 0), default=0,
+    add("--seed", type=files.SEED, default=0,
         help="image i depends on the seed and i alone")
 
     add = parser.add_argument_group("sampler and guidance").add_argument
@@ -676,7 +671,7 @@ def sample_images(args):
             columns = len(classes)
         images = np.concatenate([read_part(part) for part in parts.values()])
         save_grid(images, args.grid, columns)
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)  # another process with the same --out may do it
     print(closing_line(args, protocol, data["classes"]))
 
 
@@ -696,9 +691,7 @@ def closing_line(args, protocol, classes):
 
     step = protocol["train_step"]
     if args.weights == "ema" and step is not None:
-        start = (protocol["ema"] or 0) ** step
-        if start > 0.05:
-            line += f"; the averages are still {start:.0%} initial weights: try --weights model"
+        line += files.warn_of_start(protocol["ema"], step)
     return line
 
 

@@ -73,7 +73,7 @@ def parse_args(argv=None):
         help="cache made by extract_features.py")
     add("--out", default=f"runs/{NAME}",
         help="run folder: checkpoints, log.jsonl, pictures")
-    add("--seed", type=number(int, 0, 2**32), default=0,
+    add("--seed", type=files.SEED, default=0,
         help="seed of weights, order and noise")
     add("--workers", type=number(int, 0, 256),
         help="processes that read the cache (default: 4 with targets, otherwise 0)")
@@ -217,7 +217,7 @@ def mean_over_ranks(loss):
 
 def choose_blocks(seed, step, blocks, m):
     """Returns m of the block numbers 1 .. `blocks`, the same in every process."""
-    rng = np.random.default_rng([seed, step, 1])  # a stream of its own, apart from step_generator
+    rng = files.random_stream("blocks", seed, step)
     return (rng.choice(blocks, m, replace=False) + 1).tolist()
 
 
@@ -323,9 +323,13 @@ def report_cka(model, cache, path, device):
 
 
 def step_generator(seed, step, device):
-    """Returns the generator that one step draws all its random numbers from."""
-    state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state))
+    """Returns the generator that one step draws all its random numbers from.
+
+    PyTorch's generator for CPUs uses 32 bits of a seed, so that two of 400,000 steps may share
+    their noise. That is harmless; sampled images have NumPy's generators.
+    """
+    stream = files.random_stream("step", seed, step)
+    return torch.Generator(device).manual_seed(int(stream.integers(2**63)))
 
 
 def data_order(dataset_size, views, global_batch, mine, seed, start):
@@ -339,7 +343,7 @@ def data_order(dataset_size, views, global_batch, mine, seed, start):
     for step in count(start):
         epoch, i = divmod(step, steps_per_epoch)
         if i == 0 or step == start:  # a new epoch, or a resumed run
-            rng = np.random.default_rng([seed, epoch])
+            rng = files.random_stream("epoch", seed, epoch)
             image = rng.permutation(dataset_size)
             view = rng.integers(views, size=dataset_size)
             epoch_order = image * views + view

@@ -70,7 +70,7 @@ def parse_args(argv=None):
         help="cache made by extract_features.py")
     add("--out", default=f"runs/{NAME}",
         help="run folder: checkpoints, log.jsonl, pictures")
-    add("--seed", type=number(int, 0, 2**32), default=0,
+    add("--seed", type=files.SEED, default=0,
         help="seed of weights, order and noise")
     add("--workers", type=number(int, 0, 256),
         help="processes that read the cache (default: 4 with targets, otherwise 0)")
@@ -156,7 +156,8 @@ def parse_args(argv=None):
     add("--tau-t", type=positive, nargs=2, default=[0.09, 0.099],
         help="temperature of the teacher, in the first epoch and from the fifth on")
     add("--teacher-momentum", type=number(float, 0, 1), nargs=2, default=[0.996, 0.999],
-        help="momentum m of the teacher, at the first and at the last step")
+        help="momentum m of the teacher, at the first and at the last step; the last step is that of"
+             " the first start, also if a resumed run gets more --steps")
     parser.set_defaults(steps=2_400_000, precision="fp32")
     digits["teacher_momentum"] = [0.9, 0.99]  # a short run needs a faster teacher
     digits["tau_t"] = [0.06, 0.06]
@@ -261,7 +262,6 @@ class Objective(nn.Module):
         self.tau_range = args.tau_t
         self.teacher_noise = args.teacher_noise
         self.momenta = args.teacher_momentum
-        self.steps = args.steps
         self.epoch_steps = meta["images"] // args.batch_size
         if self.weight == 0:
             return
@@ -277,6 +277,9 @@ class Objective(nn.Module):
         for name in ("cls_embedder", *decoder):
             delattr(self.teacher, name)  # the teacher only encodes, and this saves memory
         self.teacher_head = deepcopy(self.head).requires_grad_(False)
+        # a buffer, so that a resumed run keeps the schedule of its first start
+        self.register_buffer("schedule_steps", torch.tensor(float(args.steps)))
+        self.schedule = None
         self.register_buffer("centers", torch.zeros(2, len(self.head.prototypes)))  # CLS, patches
         self.register_buffer("logit_sum", torch.zeros_like(self.centers), persistent=False)
 
@@ -396,7 +399,9 @@ class Objective(nn.Module):
         self.centers.lerp_(mean, 0.1)
         self.logit_sum.zero_()
 
-        m = teacher_momentum(step, self.steps, *self.momenta)
+        if self.schedule is None:  # read once: reading a buffer makes the host wait for the GPU
+            self.schedule = self.schedule_steps.item()
+        m = teacher_momentum(min(step, self.schedule), self.schedule, *self.momenta)
         for teacher, student in ((self.teacher, self.model), (self.teacher_head, self.head)):
             trained = dict(student.named_parameters())
             names = [name for name, _ in teacher.named_parameters()]  # without the decoder's
@@ -427,9 +432,13 @@ class Objective(nn.Module):
 
 
 def step_generator(seed, step, device):
-    """Returns the generator that one step draws all its random numbers from."""
-    state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state))
+    """Returns the generator that one step draws all its random numbers from.
+
+    PyTorch's generator for CPUs uses 32 bits of a seed, so that two of 400,000 steps may share
+    their noise. That is harmless; sampled images have NumPy's generators.
+    """
+    stream = files.random_stream("step", seed, step)
+    return torch.Generator(device).manual_seed(int(stream.integers(2**63)))
 
 
 def data_order(dataset_size, views, global_batch, mine, seed, start):
@@ -443,7 +452,7 @@ def data_order(dataset_size, views, global_batch, mine, seed, start):
     for step in count(start):
         epoch, i = divmod(step, steps_per_epoch)
         if i == 0 or step == start:  # a new epoch, or a resumed run
-            rng = np.random.default_rng([seed, epoch])
+            rng = files.random_stream("epoch", seed, epoch)
             image = rng.permutation(dataset_size)
             view = rng.integers(views, size=dataset_size)
             epoch_order = image * views + view

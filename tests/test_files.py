@@ -348,6 +348,15 @@ def test_an_edited_script_is_named(cache, tmp_path, tiny_nano, capsys, monkeypat
     assert "changed" not in capsys.readouterr().out
 
 
+def test_pictures_of_averages_that_hold_their_start(cache, tmp_path, tiny_nano, capsys):
+    """0.9 ** 6 = 53 %: the last line says so, and what to do."""
+    train(cache, tmp_path / "run", "--sample-every", 100)
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert "samples-" in said and "53%" in said and "--weights model" in said
+    train(cache, tmp_path / "long", "--sample-every", 100, "--ema", 0.5)
+    assert "--weights" not in capsys.readouterr().out.splitlines()[-1]
+
+
 # --- processes
 
 

@@ -302,10 +302,23 @@ def test_time_shift_reaches_every_sampler(monkeypatch):
 def test_image_noise_is_its_own():
     def first(indices, seed=0):
         generators = sample.image_generators(seed, indices)
-        return [torch.randn(3, generator=generator).tolist() for generator in generators]
+        return [generator.standard_normal(3).tolist() for generator in generators]
 
     assert first([4, 7]) == [first([4])[0], first([7])[0]]
     assert first([4]) != first([5]) and first([4]) != first([4], seed=1)
+
+
+def test_no_two_images_share_their_noise():
+    """A seed of 32 bits, as PyTorch's CPU generator has, would repeat some of 200,000 images."""
+    first = [g.standard_normal() for g in sample.image_generators(0, range(200_000))]
+    assert len(set(first)) == 200_000
+
+
+def test_uses_of_a_seed_have_streams_of_their_own():
+    """The noise of step 7, image 7, epoch 7 ... of one seed differ, and so do those of other seeds."""
+    streams = [(use, seed, i) for use in files.USES for seed in (0, 1, 7) for i in (0, 1, 7, 2**31)]
+    first = [files.random_stream(*stream).integers(2**63) for stream in streams]
+    assert len(set(first)) == len(streams)
 
 
 def test_labels():
@@ -329,7 +342,7 @@ def test_labels_leave_out_classes_without_images():
     random = sample.choose_labels("random", range(400), classes, 0)
     assert set(random.tolist()) == {0, 2, 3, 5}
     # the same draws, of the four classes that are left
-    draws = [np.random.default_rng([0, i, 1]).integers(4) for i in range(400)]
+    draws = [files.random_stream("label", 0, i).integers(4) for i in range(400)]
     assert random.tolist() == [classes[draw] for draw in draws]
 
 
@@ -492,7 +505,7 @@ def test_a_process_that_was_killed_continues(checkpoint, tmp_path):
     kept = {name: (folder / name).stat().st_mtime_ns for name in parts(folder)}
     assert 3 <= len(kept) < 100
     (folder / "00000396.safetensors.999.tmp").write_bytes(b"half a part")
-    run("sample.py", *options, tmp_path / "a.npz", first="import shutil; shutil.rmtree = print")
+    run("sample.py", *options, tmp_path / "a.npz", first="import shutil; shutil.rmtree = lambda *a, **k: None")
     assert len(parts(folder)) == 100
     assert all((folder / name).stat().st_mtime_ns == stamp for name, stamp in kept.items())
     run("sample.py", *options, tmp_path / "b.npz")
@@ -941,7 +954,7 @@ def test_bad_input(checkpoint, tmp_path):
         assert message.startswith("sample.py: ") and "\n" not in message
         return message
 
-    assert "nothing.pt: No such" in complain(tmp_path / "nothing.pt")
+    assert "nothing.pt: no such" in complain(tmp_path / "nothing.pt")
     torch.save({"state": torch.zeros(1)}, tmp_path / "foreign.pt")
     assert "foreign.pt" in complain(tmp_path / "foreign.pt")
     assert "--labels 2,3: " in complain(checkpoint, "--labels", "2,3")
@@ -1021,7 +1034,7 @@ def test_a_start_is_described(tmp_path, capsys):
 
 def training_log(tmp_path):
     (tmp_path / "log.jsonl").touch()
-    args = SimpleNamespace(out=str(tmp_path), batch_size=64, steps=100)
+    args = SimpleNamespace(out=str(tmp_path), batch_size=64, steps=100, ema=0.9)
     return files.TrainingLog(args, step=0, rank=0, world=1, flops=1e9)
 
 

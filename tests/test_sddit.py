@@ -426,3 +426,20 @@ def test_noise_levels_are_shifted(cache, monkeypatch):
     torch.testing.assert_close(student, train_sddit.sigma_from_uniform(inputs["t"]))
     assert torch.equal(student_2, 2 * student) and torch.equal(teacher_2, 2 * teacher)
     assert teacher.tolist() == pytest.approx(len(teacher) * [0.002])
+
+
+def test_more_steps_later_keep_the_schedule_of_the_first_start(cache, tmp_path, tiny_nano):
+    """The momentum rises over the steps of the first start: resumed or not, the run is the same."""
+    whole = train(cache, tmp_path / "whole", "--steps", 4, script=train_sddit)
+    train(cache, tmp_path / "cut", "--steps", 4, script=train_sddit)
+    longer = train(cache, tmp_path / "cut", "--steps", 6, script=train_sddit)
+    assert whole["heads"]["schedule_steps"] == longer["heads"]["schedule_steps"] == 4
+    objective = objective_for(train_sddit, cache)
+    objective.schedule_steps.fill_(4)
+    for step, m in enumerate([0.996, 0.99644, 0.9975, 0.99856, 0.999, 0.999]):
+        before = objective.teacher_head.mlp[0].weight.clone()
+        objective.head.mlp[0].weight.data.add_(1.0)
+        objective.after_step(step, 1)
+        moved = (objective.teacher_head.mlp[0].weight - before).mean()
+        gap = (objective.head.mlp[0].weight - before).mean()
+        assert (moved / gap).item() == pytest.approx(1 - m, abs=2e-5)
