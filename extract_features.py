@@ -752,7 +752,7 @@ class Views(Dataset):
             "ignored": np.zeros(2, bool),  # EXIF rotation, transparency
             "error": "",
         }
-        rng = np.random.default_rng([args.seed, i])
+        rng = files.random_stream("crop", args.seed, i)
         try:
             image = self.images[i]
             views = image_views(to_rgb(image), size, args.flip, args.crops, rng)
@@ -1084,7 +1084,7 @@ def number_classes(labels):
     If all labels are below 100,000, they stay as they are, and every number up to the largest is a
     class. Otherwise only the numbers that occur are classes, and the labels count these.
     """
-    if labels.dtype.kind not in "iu" or labels.min() < 0:
+    if labels.dtype.kind not in "iu" or labels.ndim != 1 or labels.min() < 0:
         raise ValueError(f"the labels are {labels.dtype} {list(labels.shape)} from {labels.min()}")
     if labels.max() < 100_000:
         names = range(int(labels.max()) + 1)
@@ -1212,6 +1212,10 @@ def open_shard(path, meta):
             values = tensors[name]
             if list(values.shape[1:]) != shape or values.dtype != dtype:
                 raise ValueError(f"{name} is {values.dtype} {list(values.shape)}")
+        classes = len(meta["classes"])
+        labels = tensors["labels"]
+        if ((labels < 0) | (labels >= classes)).any():
+            raise ValueError(f"labels that are none of {classes} classes")
     return tensors
 
 
@@ -1245,7 +1249,7 @@ def parse_args(argv=None):
         help="also encode the mirrored image, as a second view")
     add("--crops", type=number(int, 0, 1000), default=0, metavar="K",
         help="also encode K random squares")
-    add("--seed", type=number(int, 0, 2**31 - 1), default=0,
+    add("--seed", type=files.SEED, default=0,
         help="seed of the random squares")
     add("--limit", type=number(int, 1),
         help="take only this many images, evenly spread over the source")

@@ -156,8 +156,8 @@ def parse_args(argv=None):
     add("--tau-t", type=positive, nargs=2, default=[0.09, 0.099],
         help="temperature of the teacher, in the first epoch and from the fifth on")
     add("--teacher-momentum", type=number(float, 0, 1), nargs=2, default=[0.996, 0.999],
-        help="momentum m of the teacher, at the first and at the last step; the last step is that of"
-             " the first start, also if a resumed run gets more --steps")
+        help="momentum m of the teacher, at the first and at the last step; a resumed run keeps the"
+             " last step of its first start")
     parser.set_defaults(steps=2_400_000, precision="fp32")
     digits["teacher_momentum"] = [0.9, 0.99]  # a short run needs a faster teacher
     digits["tau_t"] = [0.06, 0.06]

@@ -231,7 +231,7 @@ def encrypted():
 # ---- the table
 FLAGS = {  # refused beside the flag, for what it is
     "extract": """--image-size 0|--image-size -8|--image-size 5000|--image-size nan|--image-size 8.5|--patch 0
-        |--patch -2|--patch two|--crops -1|--crops 1001|--seed -1|--seed 2147483648|--limit 0
+        |--patch -2|--patch two|--crops -1|--crops 1001|--seed -1|--seed 4294967296|--limit 0
         |--batch-size -4|--batch-size 0|--batch-size 65537|--workers -1|--workers 257
         |--target-dtype float32""",
     "repa": f"""--seed -1|--workers -1|--log-every 0|--sample-every -1|--save-every 0|--keep-every 0|--steps 0
@@ -360,7 +360,7 @@ OTHER_RUN = {  # a flag of each kind with which no run is resumed
     "repa --out run": """--seed 1|--batch-size 6|--warmup 9|--beta2 0.9|--ema 0|--model S/2|--qk-norm
         |--control constant|--control-alpha 2|--control-drop 0|--class-tokens 1|--init run|--pos-base 3
         |--time-shift 2|--repa-weight 0|--repa-depth 1""",
-    "diversedit --out rundiv": "--init rundiv|--qk-norm|--seed 4294967296|--model B/2|--repa-depth 2",
+    "diversedit --out rundiv": "--init rundiv|--qk-norm|--seed 4294967295|--model B/2|--repa-depth 2",
     "sddit --out runsd": """--mask-ratio 0|--sd-weight 0|--prototypes 7|--tau-s 1|--tau-t 0.2 0.3
         |--teacher-momentum 0 1|--teacher-noise 1|--init runsd""",
 }
@@ -856,9 +856,6 @@ CASES = {
     "fid: results through a link to a device": Case(
         f"{FID} --json l.json", ("--json l.json",), link("l.json")
     ),
-    "fid: no room beside the results": Case(
-        f"{FID} --json new.json", ("new.json",), lambda: os.mkdir("new.json.tmp")
-    ),
     "fid: an npy in Fortran order": Case(
         "fid ref.npz x.npy", ("x.npy",), lambda: np.save("x.npy", np.zeros((12, 8, 9, 3), "u1", order="F"))
     ),
@@ -1255,7 +1252,7 @@ FINE = {  # what looks odd and is right: (command, what comes before, files that
     "a cache that is a link": ("repa --data l", link("l", "cache")),
     "a lock that is a device": ("repa", link("new/.lock", "/dev/null")),
     "spaces in a run": ("repa --out 'a b/\xfc'", None),
-    "last seed": ("repa --seed 4294967296", None),
+    "last seed": ("repa --seed 4294967295", None),
     "lr 0, ema 0, beta2 0": ("repa --lr 0 --ema 0 --beta2 0", None),
     "lr 10^-320": ("sddit --lr 1e-320", None),
     "clip 10^-300": ("repa --clip 1e-300", None),
@@ -1291,7 +1288,7 @@ FINE = {  # what looks odd and is right: (command, what comes before, files that
     ),
     "one image to sample": ("sample run --num 1 --steps 1 --sampler sde", None),
     "a batch of 10^12": ("sample run --batch-size 1000000000000", None),
-    "a seed of 31 digits": ("sample run --seed 1000000000000000000000000000000", None),
+    "last seed of samples": ("sample run --seed 4294967295", None),
     "a class three times": ("sample run --labels 0,0,0", None),
     "guided from 10^300 on": ("sample run --cfg 2 --interval 1e300 2e300", None),
     "guided by itself": ("sample run --cfg 2 --guide run", None),

@@ -16,7 +16,7 @@ LAYOUT = {
 LOOPS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 DENSER = {"dit.py": 11.2, "fid.py": 11.2}  # networks and metrics: formulas are dense
 TOKENS = {"train_repa.py": 3_700}
-ALL_TOKENS = 36_000  # of what the project did before it had train_meanflow.py and train_dit.py
+ALL_TOKENS = 40_000  # of the files that are not LATER
 LATER = {"train_meanflow.py", "train_dit.py"}
 
 
@@ -78,9 +78,9 @@ def test_density(path):
     assert found["loops"] <= 4.5, "comprehensions, per 100 lines"
     assert found["nested"] == 0 and found["longest_line"] <= 100
     assert found["tokens"] <= TOKENS.get(path.name, 10_000)
+    long = {"train", "parse_args"} if path.name.startswith("train_") else set()  # flat lists
     for name, lines in found["functions"].items():
-        script = path.name.startswith("train_") and name == "train"
-        assert lines <= (130 if script else 60), f"{name} has {lines} lines"
+        assert lines <= (120 if name in long else 60), f"{name} has {lines} lines"
 
 
 def test_tokens_in_all():

