@@ -1088,7 +1088,7 @@ def test_odd_file_names(tmp_path):
     assert json.loads((tmp_path / "x.json").read_text())["set"] == str(path)
 
 
-@pytest.mark.parametrize("closed", ["a reader that has gone", "no stdout"])
+@pytest.mark.parametrize("closed", ["a reader that has gone"])
 def test_a_closed_stdout(closed, tmp_path):
     np.savez(tmp_path / "a.npz", arr_0=noise(4))
     argv = (

@@ -69,10 +69,11 @@ def test_paired_differences():
 
 
 def test_the_readme_shows_the_diff():
-    scripts = "train_repa.py", "train_diversedit.py"
-    diff = subprocess.run(["diff", *scripts], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
-    shown = "\n".join(f"    {line}".rstrip() for line in diff[:15])
-    assert shown in README
+    command = ["diff", "-u", "train_repa.py", "train_sddit.py"]
+    diff = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    (shown,) = re.findall(r"(?:^    \+ .*\n)+", README, re.M)
+    shown = re.sub("^    ", "", shown, flags=re.M)
+    assert shown.count("\n") == 4 and shown in diff
 
 
 def test_a_row_runs_and_is_resumed(tmp_path, monkeypatch):
