@@ -15,13 +15,13 @@ The cache (--out) is a folder that `CachedFeatures` reads. meta.json says what m
 images (--shard) are one file, named after the first of them: 00000000.safetensors and so on. Files
 are written beside their place and then renamed. Their tensors are:
     moments [n, V, 2C, h, w] float16    mean, then std (not log variance), of the latent
-    targets [n, V, T, F] float16, int8  encoder tokens, T = (h / patch)^2; none with --encoder none
+    targets [n, V, T, E] float16, int8  encoder tokens, T = (h / patch)^2; none with --encoder none
     labels  [n] int64                   index of the class
     control [n, V, 7] int32             h0, w0, top, left, h, w, flip: what the view shows
     index   [n] int64                   number of the image; only where --skip-bad left some out
-An image has V views: the center crop; with --flip, its mirror image (the mirrored image is encoded:
-a mirrored latent is not its latent); with --crops K, K random squares. Targets and control belong
-to the view.
+An image has V views: the center crop; with --flip, its mirror image (which is mirrored before it is
+encoded: mirroring the latent would not be the same); with --crops K, K random squares. Targets and
+control belong to the view.
 
 REPA's name -> timm's name. MAE and CLIP give their tokens before the final norm, the others give
 them after it:
@@ -34,18 +34,15 @@ them after it:
 MoCo v3 is not in timm. SigLIP (vit_large_patch16_siglip_256.webli) is not in REPA's code.
 
 Shapes in the right margin: N images, V views, C, H, W channels, height, width, T = G^2 tokens on a
-G x G grid, F the width of a token.
+G x G grid, E the width of a token.
 """
 
-import atexit
 import contextlib
 import hashlib
 import io
 import json
 import math
-import multiprocessing
 import os
-import signal
 import statistics
 import sys
 import zipfile
@@ -62,7 +59,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import ExifTags, Image
-from torch.utils.data import DataLoader, Dataset, default_convert
+from torch.utils.data import Dataset, default_convert
 from tqdm import tqdm
 
 import files
@@ -125,8 +122,8 @@ def image_views(image, size, flip, crops, rng):
 
 # ---- autoencoders: pixels in [-1, 1] <-> latents
 #
-# Own code stands here instead of diffusers, because an exact, small reader of its weights keeps
-# the requirements short. The attributes have diffusers' names, so that its files fit.
+# The networks are written out here to avoid a dependency on diffusers. Their attributes have its
+# names, so that its weight files load.
 
 
 class Pixels:
@@ -282,18 +279,19 @@ class AutoencoderKL(nn.Module):
     def encode(self, images):
         """Images [N, 3, H, W] in [-1, 1] -> mean and std [N, 4, H/8, W/8], not scaled."""
         networks = nn.Sequential(self.encoder, self.quant_conv)
-        moments = self.in_slices(networks, images, pixels=1)
+        moments = self.in_slices(networks, images, pixels_per_position=1)
         mean, log_variance = moments.chunk(2, dim=1)
         return mean, torch.exp(0.5 * log_variance.clamp(-30, 20))
 
     def decode(self, latents):
         """Latents [N, 4, h, w], not scaled -> images [N, 3, 8 h, 8 w], about in [-1, 1]."""
         networks = nn.Sequential(self.post_quant_conv, self.decoder)
-        return self.in_slices(networks, latents, pixels=64)
+        return self.in_slices(networks, latents, pixels_per_position=64)
 
-    def in_slices(self, networks, batch, pixels):
-        """Applies networks to slices of a batch, whose positions stand for so many pixels each."""
-        size = max(1, self.pixels_at_once // (pixels * batch.shape[2:].numel()))
+    def in_slices(self, networks, batch, pixels_per_position):
+        """Applies networks to a batch in slices that cover about pixels_at_once image pixels."""
+        positions = batch.shape[2:].numel()
+        size = max(1, self.pixels_at_once // (pixels_per_position * positions))
         return torch.cat([networks(part) for part in batch.split(size)])
 
 
@@ -399,7 +397,7 @@ class HOG:
         cells = F.pad(cells, (1, 1, 1, 1), mode="replicate")
         blocks = F.unfold(cells, 3).mT                               # [N, T, 9 bins]
         blocks = F.pad(blocks, (0, 1), value=self.floor)
-        return F.normalize(blocks, dim=-1)                           # [N, T, F]
+        return F.normalize(blocks, dim=-1)                           # [N, T, E]
 
 
 class ViT:
@@ -430,7 +428,7 @@ class ViT:
             tokens = self.model.forward_intermediates(
                 x, indices=1, norm=self.norm, output_fmt="NLC", intermediates_only=True
             )[0]
-        return tokens.float()                                        # [N, T, F]
+        return tokens.float()                                        # [N, T, E]
 
 
 def known_vit(name):
@@ -473,7 +471,7 @@ class Encoders:
 
     names: hog or timm ViTs, with commas between, or none; weights: files for the ViTs, likewise. An
     encoder of your own needs a list `widths` (empty: no tokens) and the method
-    __call__(uint8 images [N, 3, H, W]) -> tokens [N, T, F].
+    __call__(uint8 images [N, 3, H, W]) -> tokens [N, T, E].
     """
 
     def __init__(self, names, grid, weights=None, device="cpu"):
@@ -500,7 +498,7 @@ class Encoders:
 
 
 def to_int8(targets):
-    """Scales tokens [..., F] to fill int8.
+    """Scales tokens [..., E] to fill int8.
 
     Scaling keeps the direction, which is all that REPA's loss sees.
     """
@@ -589,14 +587,14 @@ class CachedFeatures(Dataset):
         """Yields a batch on `device` for each array of indices in `order`.
 
         A batch is a dict of tensors: moments [N, 2C, h, w] float16, y [N] (the labels) and, where
-        asked for, targets [N, T, F] and control [N, 7]. workers: processes that read ahead, by
+        asked for, targets [N, T, E] and control [N, 7]. workers: processes that read ahead, by
         default 4 for targets and none for latents alone. Raises UserError if one of them dies.
         """
         if workers is None:
             workers = min(4, os.cpu_count()) if "targets" in self.names else 0
         pin = torch.device(device or "cpu").type == "cuda"
         options = {"batch_sampler": order, "collate_fn": to_batch, "pin_memory": pin}
-        for batch in read_ahead(self, workers, **options):
+        for batch in files.read_ahead(self, workers, **options):
             yield {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
     def __reduce__(self):
@@ -651,35 +649,6 @@ def to_batch(arrays):
     return batch
 
 
-def read_ahead(dataset, workers, **options):
-    """Yields the batches of a DataLoader, whose `workers` processes read ahead.
-
-    If a worker dies, this raises UserError within five seconds. PyTorch's own handler is removed,
-    because it would raise at any point of the program.
-    If a signal comes, the workers ignore it, because the last step still needs them.
-    If the program ends, `kill_children` ends them. Python would send SIGTERM, which they ignore,
-    and wait for them forever.
-    """
-    shield = files.shield_worker
-    batches = iter(DataLoader(dataset, num_workers=workers, worker_init_fn=shield, **options))
-    atexit.register(kill_children)
-    with contextlib.suppress(ValueError):  # only the main thread may set handlers
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield from batches
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
-            raise
-        raise UserError(
-            f"a loader process died ({files.first_sentence(error)}); try fewer --workers"
-        ) from None
-
-
-def kill_children():
-    for process in multiprocessing.active_children():
-        process.kill()
-
-
 # ---- extraction
 
 
@@ -692,7 +661,7 @@ def extract(args, shards, images, autoencoder, encoder, rank, device):
     batches = []
     for shard in shards:
         batches += split(shard, args.batch_size)
-    loader = read_ahead(Views(images, args), args.workers, batch_sampler=batches)
+    loader = files.read_ahead(Views(images, args), args.workers, batch_sampler=batches)
     pause = 0.1 if sys.stderr.isatty() else 30  # seconds between two states of the bar
     bar = tqdm(
         total=sum(map(len, shards)),
@@ -776,7 +745,7 @@ def encode(batch, pixels, autoencoder, encoder, target_dtype):
     mean, std = autoencoder.encode(x.float() / 127.5 - 1)
     rows = {"moments": torch.cat([mean, std], dim=1).half()}         # [n V, 2C, h, w]
     if encoder.widths:
-        rows["targets"] = encoder(x)                                 # [n V, T, F]
+        rows["targets"] = encoder(x)                                 # [n V, T, E]
         if target_dtype == "float16":
             rows["targets"] = rows["targets"].half()
     for name, values in rows.items():
@@ -829,13 +798,13 @@ def run(args, rank, world, device):
     """Does the work of one process. Raises UserError for whatever the user has to repair."""
     images = Images(args.data, args.limit)
     autoencoder = load_autoencoder(args.vae, device)
-    step = autoencoder.downsampling * args.patch
-    grid = args.image_size // step
-    if args.image_size % step:
+    token = autoencoder.downsampling * args.patch  # its side in pixels
+    grid = args.image_size // token
+    if args.image_size % token:
         k = max(grid, 1)
         raise UserError(
-            f"--image-size {args.image_size} is not a multiple of {step};"
-            f" try {step * k} or {step * (k + 1)}"
+            f"--image-size {args.image_size} is not a multiple of {token};"
+            f" try {token * k} or {token * (k + 1)}"
         )
     encoder = Encoders(args.encoder, grid, args.encoder_weights, device)
 
@@ -849,7 +818,7 @@ def run(args, rank, world, device):
     shards = missing_shards(args.out, rank, world)
     ignored = extract(args, shards, images, autoencoder, encoder, rank, device)
     if world > 1:
-        dist.all_reduce(ignored)  # every process is ready
+        dist.all_reduce(ignored)  # also waits for every process
     if rank == 0:
         report(args.out, *ignored.tolist())
 
@@ -963,7 +932,10 @@ class Images:
 
     def read(self, name):
         if self.is_folder:
-            return (self.source / name).read_bytes()
+            file = self.source / name
+            if not file.is_file():  # reading a pipe would wait for ever
+                raise ValueError("not a file")
+            return file.read_bytes()
         if self.archive is None:
             self.archive = zipfile.ZipFile(self.source)
         return self.archive.read(self.root + name)  # verifies the checksum
@@ -1051,7 +1023,7 @@ def class_folders(source, names, listed):
     if empty:
         raise UserError(
             f"--data {source}: class folder {min(empty)!r} holds no image"
-            f" ({', '.join(IMAGES)}); remove it"
+            f" ({', '.join(IMAGES)}); move it elsewhere if it is no class"
         )
     return np.array(labels), classes
 

@@ -199,7 +199,7 @@ def precision_recall(reference, samples, k=3, fp16=True):
 
 
 def manifold_share(points, manifold, k, fp16):
-    """Returns the share of points [N, D] inside a ball around a row of manifold [M, D].
+    """Returns the share of points [P, D] inside a ball around a row of manifold [Q, D].
 
     Each ball reaches to the k-th nearest neighbour of its center within the manifold.
     """

@@ -15,11 +15,13 @@ exception is a bug and keeps its traceback.
 """
 
 import argparse
+import atexit
 import contextlib
 import fcntl
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -36,6 +38,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import dit
@@ -317,6 +320,35 @@ def shield_worker(_):
         signal.signal(signum, signal.SIG_IGN)
 
 
+def read_ahead(dataset, workers, **options):
+    """Yields the batches of a DataLoader, whose `workers` processes read ahead.
+
+    If a worker dies, this raises UserError within five seconds. PyTorch's own handler is removed,
+    because it would raise at any point of the program.
+    If a signal comes, the workers ignore it, because the last step still needs them.
+    If the program ends, `kill_children` ends them. Python would send SIGTERM, which they ignore,
+    and wait for them forever.
+    """
+    options["worker_init_fn"] = shield_worker
+    batches = iter(DataLoader(dataset, num_workers=workers, **options))
+    atexit.register(kill_children)
+    with contextlib.suppress(ValueError):  # only the main thread may set handlers
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise UserError(
+            f"a loader process died ({first_sentence(error)}); try fewer --workers"
+        ) from None
+
+
+def kill_children():
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
 def until_stopped(batches, log):
     """Yields batches until a process gets a signal, or fails to fetch its data or to write its log.
 
@@ -337,13 +369,15 @@ def until_stopped(batches, log):
 # ---- the machine
 
 
-def check_memory(config, images, precision):
+def check_memory(config, images, args):
     """Raises UserError, with sizes that fit, if this device cannot train on `images` at once."""
+    visible = 1 - vars(args).get("mask_ratio", 0)  # of SD-DiT's student
+    options = (args.precision, args.compile, visible)
     if torch.cuda.is_available():
         memory = torch.cuda.mem_get_info()[1]
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    needed = dit.training_memory(config, images, precision)
+    needed = dit.training_memory(config, images, *options)
     if needed <= memory:
         return
 
@@ -351,7 +385,7 @@ def check_memory(config, images, precision):
     for size in dit.SIZES:
         name = f"{size}/{config['patch_size']}"
         smaller = config | dit.parse_model(name)
-        if dit.training_memory(smaller, images, precision) <= memory:
+        if dit.training_memory(smaller, images, *options) <= memory:
             fitting.append(name)
     raise UserError(
         f"{images} images at once need {needed / 1e9:.0f} GB, there are {memory / 1e9:.0f} GB:"
@@ -477,9 +511,9 @@ def file_hash(path):
 # ---- checkpoints
 
 
-def warn_of_start(ema, step):
+def warn_of_start(decay, step):
     """Returns a warning if the averaged weights still hold more than 5 % of the initial ones."""
-    share = (ema or 0) ** step
+    share = (decay or 0) ** step
     if share < 0.05:
         return ""
     return f"; the averages are still {share:.0%} initial weights: try sample.py --weights model"
@@ -666,11 +700,11 @@ def reverse_time(weights):
 
 # ---- the run folder of a training script
 
-# Flags that may change when a run is resumed. Places, and how often something is written:
+# These flags may change when a run is resumed. They are paths and intervals ...
 FREE_FLAGS = {"data", "out", "digits", "log_every", "sample_every", "save_every", "keep_every"}
-# What decides how the work is done. L_div of DiverseDiT sees one micro-batch at a time.
+# ... or they divide the work (but L_div of DiverseDiT averages over a micro-batch).
 FREE_FLAGS |= {"steps", "workers", "compile", "micro_batch"}
-# What rescues a run that has lost its finite gradients. These changes are announced.
+# These may change to rescue a run without finite gradients. The change is printed.
 RESCUE_FLAGS = {"lr", "clip", "precision"}
 
 
@@ -841,7 +875,7 @@ class TrainingLog:
         self.rank = rank
         self.world = world
         self.steps = args.steps
-        self.ema = args.ema
+        self.decay = args.ema
         self.global_batch = args.batch_size
         self.flops = flops
         self.bad_in_a_row = 0
@@ -937,5 +971,5 @@ class TrainingLog:
         pictures = sorted(self.path.parent.glob("samples-*.png"))
         shown = ""
         if pictures:
-            shown = f"; pictures: {self.path.parent}/samples-*.png{warn_of_start(self.ema, step)}"
+            shown = f"; pictures: {self.path.parent}/samples-*.png{warn_of_start(self.decay, step)}"
         print(f"{self.path.parent} is at step {step}{shown}")

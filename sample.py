@@ -9,12 +9,12 @@ command again to continue it.
 
     flow matching   x_t = (1 - t) x + t eps, t = 0 is data and t = 1 is noise (arXiv 2410.06940)
                     the network predicts v = eps - x
-      ode, heun     dx/dt = v
-      sde           dx = (v - t s) dt + sqrt(2t) dw with the score s = -((1 - t) v + x) / t
+      ode, heun     dx_t/dt = v
+      sde           dx_t = (v - t s) dt + sqrt(2t) dw, the score is s = -((1 - t) v + x_t) / t
                     (arXiv 2401.08740)
     EDM             x_sigma = x + sigma eps (arXiv 2206.00364)
                     the network predicts F of the denoiser D = c_skip x_sigma + c_out F
-      edm           dx/dsigma = (x - D) / sigma, Heun's method; SD-DiT's only sampler
+      edm           dx_sigma/dsigma = (x_sigma - D) / sigma, Heun's method; the one of SD-DiT
 
 Shapes stand in the right margin. N: batch. C, H, W: channels, height and width of the latent.
 """
@@ -41,7 +41,7 @@ import files
 from extract_features import load_autoencoder
 from files import UserError, number
 
-# ---- Samplers: functions of a model, a start and a schedule, which are pure but for noise()
+# ---- Samplers: functions of a model, a start and a schedule. Only noise() has a state.
 # They call model(x, t) with a float t, and keep x in float64.
 
 
@@ -128,15 +128,16 @@ def edm_denoiser(network):
 def guided(model, y, scale=1.0, interval=None, guide=None, control=None, control_scale=None):
     """Returns the function (x, t) -> v of a model for classes y [N], guided where low <= t <= high.
 
-    interval: (low, high), or None for all t. Guidance turns v into v_weak + scale (v - v_weak).
-        v = v(y, c), where the control c [N, 7] may be None
-        v_weak = v(null, c)     classifier-free guidance
-        v_weak = guide(y, c)    autoguidance by a weaker model (arXiv 2406.02507)
+    interval: (low, high), or None for all t. Guidance turns v into v_weak + scale (v - v_weak);
+    without a control_scale, a scale of 1 or less means no guidance.
+        v = model(y, c), where the control c [N, 7] may be None
+        v_weak = model(null, c)     classifier-free guidance
+        v_weak = guide(y, c)        autoguidance by a weaker model (arXiv 2406.02507)
     With a control_scale (arXiv 2411.03177), where 0 is a control of zeros, which means none:
-        v = v(y, 0) + control_scale (v(y, c) - v(y, 0))
-        v_weak = v(null, 0)
+        v = model(y, 0) + control_scale (model(y, c) - model(y, 0))
+        v_weak = model(null, 0)
     EDM's denoiser is affine in F, so guiding F guides it.
-    paper: we could not read its formula / here: it is reconstructed from the paper's two scales.
+    paper: the formula of 2411.03177 was not available / here: reconstructed from its two scales.
     official code: DiT and SiT guide three of four channels (DiT#41) / here: all, as in REPA.
     official code: Heun's second evaluation is guided if the step starts inside the interval / here:
     it is guided if its own t is inside.
@@ -189,7 +190,7 @@ def choose_labels(labels, indices, classes, seed):
     classes that take turns instead.
     """
     if labels == "random":
-        # streams of their own (1): the noise of image i does not depend on its label
+        # a stream of its own, so that the noise of image i does not depend on its label
         streams = [files.random_stream("label", seed, int(i)) for i in indices]
         chosen = [classes[stream.integers(len(classes))] for stream in streams]
     else:

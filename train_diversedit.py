@@ -1,12 +1,13 @@
 """DiverseDiT: long residual connections and a representation-diversity loss (arXiv 2603.04239).
 
     x_t = (1 - t) x + t eps,   t ~ U[0, 1)                      t = 0 is data, t = 1 is noise
-    L     = |v(x_t, t, y) - (eps - x)|^2  +  w(L_div) L_div  (+ lambda L_repa)
+    L     = L_fm + w(L_div) L_div  (+ lambda L_repa)
+    L_fm  = |v(x_t, t, y) - (eps - x)|^2                        mean over batch, channels, pixels
     L_div = (L_orth + L_MI + L_disp) / 3                        of the tokens f_b of m random blocks
     L_orth = mean over pairs i < j of cos(<f_i>, <f_j>)         low if block means point apart
     L_MI   = mean over pairs i < j of |<cos(f_i, f_j)>|         low if tokens at one place differ
-    L_disp = - clip(var(u / max u) / 0.25, 0, 1)                low if channels are used unevenly
-    u_c    = mean over b of <|f_bc|> / ||f_bc||_2               the use of channel c
+    L_disp = - clip(var(u / max u) / 0.25, 0, 1)                var, max over channels: low if these
+    u_c    = mean over b of <|f_bc|> / ||f_bc||_2               are used unevenly; u_c: use of c
     w(L)   = 0 if L <= 0.1; (L - 0.1) / 0.5 if L <= 0.5; else 1     --div-gate
 
     x    latent, drawn anew from the VAE's posterior            m       --div-blocks
@@ -104,7 +105,8 @@ def parse_args(argv=None):
     add("--ema", type=number(float, 0, below=1), default=0.9999,
         help="decay of the averaged weights, per step")
     add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32",
-        help="precision of the network; losses, weights and optimiser are always fp32")
+        help="precision of the network (on CUDA, fp32 products use TF32); weights and optimiser are"
+             " always fp32")
     add("--compile", action="onoff", default=cuda,
         help="torch.compile the transformer blocks (default: on CUDA)")
 
@@ -173,18 +175,18 @@ def diversity_loss(blocks, terms=TERMS):
     Blocks / official code: ten fixed pairs, L_disp of all / paper, here: all pairs of the m drawn.
     """
     with torch.autocast(blocks.device.type, enabled=False):
-        f = blocks.float().flatten(1, 2)                             # (m, N T, D)
+        f = blocks.float().flatten(1, 2)                             # [m, N T, D]
         i, j = torch.triu_indices(len(f), len(f), offset=1, device=f.device)  # all pairs i < j
 
-        means = F.normalize(f.mean(1), dim=-1, eps=1e-8)             # (m, D)
+        means = F.normalize(f.mean(1), dim=-1, eps=1e-8)             # [m, D]
         loss_orth = (means @ means.T)[i, j].mean()
 
-        unit = F.normalize(f, dim=-1, eps=1e-8).transpose(0, 1)      # (N T, m, D)
-        cosines = (unit @ unit.mT).mean(0)                           # (m, m)
+        unit = F.normalize(f, dim=-1, eps=1e-8).transpose(0, 1)      # [N T, m, D]
+        cosines = (unit @ unit.mT).mean(0)                           # [m, m]
         loss_mi = cosines[i, j].abs().mean()
 
-        use = f.abs().mean(1) / f.norm(dim=1).clamp(min=1e-8)        # (m, D)
-        u = use.mean(0)                                              # (D,)
+        use = f.abs().mean(1) / f.norm(dim=1).clamp(min=1e-8)        # [m, D]
+        u = use.mean(0)                                              # [D,]
         variance = (u / (u.max() + 1e-8)).var(correction=0)
         loss_disp = -(variance / 0.25).clamp(0, 1)
     values = {"orth": loss_orth, "mi": loss_mi, "disp": loss_disp}
@@ -251,11 +253,12 @@ class Objective(nn.Module):
 
         x, eps [N, C, H, W]; y [N]; t [N], uniform in [0, 1); drop [N], true where the label is
         dropped; chosen, the block numbers of L_div; targets [N, T, sum of E]; control [N, 7], see
-        dit.ControlEmbedder. To train with another distribution of times, transform t here.
+        dit.ControlEmbedder.
         """
-        t = dit.shift_time(t, self.model.time_shift)  # changes nothing without --time-shift
+        # for another distribution of times, change this line; without --time-shift it does nothing
+        t = dit.shift_time(t, self.model.time_shift)
         t_image = t.view(-1, 1, 1, 1)
-        x_t = (1 - t_image) * x + t_image * eps                      # (N, C, H, W)
+        x_t = (1 - t_image) * x + t_image * eps                      # [N, C, H, W]
         # asking for the tokens of all blocks costs no memory: the backward pass needs them anyway
         blocks = range(1, len(self.model.blocks) + 1)
         v, tokens = self.model(x_t, t, y, drop=drop, control=control, return_blocks=blocks)
@@ -263,7 +266,7 @@ class Objective(nn.Module):
         loss = loss_fm
         losses = {"loss_fm": loss_fm}
         if self.terms:
-            f = torch.stack([tokens[b - 1] for b in chosen])         # (m, N, T, D)
+            f = torch.stack([tokens[b - 1] for b in chosen])         # [m, N, T, D]
             loss_div, values = diversity_loss(f, self.terms)
             loss_div = mean_over_ranks(loss_div)
             w = gate(loss_div, *self.gate_range)
@@ -272,11 +275,11 @@ class Objective(nn.Module):
                 losses[f"loss_{term}"] = value
             losses["loss_div"] = loss_div
             losses["div_weight"] = w
-            losses["div_closed"] = (w == 0).float()
+            losses["div_closed"] = (w == 0).float()  # logged as the share of steps with w = 0
         if self.alignment is not None:
             losses["loss_repa"] = self.alignment(tokens[self.repa_depth - 1], targets)
             loss = loss + self.repa_weight * losses["loss_repa"]
-        rms = [f.detach().norm() / f.numel() ** 0.5 for f in tokens]
+        rms = [block.detach().norm() / block.numel() ** 0.5 for block in tokens]
         losses["block_rms"] = torch.stack(rms).max()  # grows if the residual stream does
         return {"loss": loss, **losses}
 
@@ -295,10 +298,10 @@ def cka(features):
     tr(K M) + (1 K 1) (1 M 1) / ((n - 1) (n - 2)) - 2 (1 K M 1) / (n - 2).
     """
     n = features.shape[1]
-    gram = features.double() @ features.double().mT                  # (L, n, n)
+    gram = features.double() @ features.double().mT                  # [L, n, n]
     gram = gram - torch.diag_embed(gram.diagonal(dim1=1, dim2=2))
-    row = gram.sum(2)                                                # (L, n)
-    total = row.sum(1)                                               # (L,)
+    row = gram.sum(2)                                                # [L, n]
+    total = row.sum(1)                                               # [L,]
     hsic = gram.flatten(1) @ gram.flatten(1).T - 2 / (n - 2) * row @ row.T
     hsic = hsic + torch.outer(total, total) / ((n - 1) * (n - 2))
     scale = hsic.diagonal().clamp(min=1e-30).sqrt()
@@ -325,8 +328,8 @@ def report_cka(model, cache, path, device):
 def step_generator(seed, step, device):
     """Returns the generator that one step draws all its random numbers from.
 
-    PyTorch's generator for CPUs uses 32 bits of a seed, so that two of 400,000 steps may share
-    their noise. That is harmless; sampled images have NumPy's generators.
+    PyTorch's generator for CPUs keeps 32 bits of a seed, so a few of 400,000 steps may repeat
+    another's noise. For training this is harmless; sample.py uses NumPy's generators instead.
     """
     stream = files.random_stream("step", seed, step)
     return torch.Generator(device).manual_seed(int(stream.integers(2**63)))
@@ -354,9 +357,8 @@ def data_order(dataset_size, views, global_batch, mine, seed, start):
 def draw_noise(args, model, mine, step, device):
     """Draws the noise of the global batch of one step, and returns this process's rows of it.
 
-    It comes from (seed, step) alone. A resumed run therefore continues exactly, and the noise is
-    the same for any number of processes. The draws of a method come last: all methods share the
-    others.
+    It depends on (seed, step) alone, so a resumed run continues exactly, with any number of
+    processes. A method draws its own noise last, so that all methods share the rest.
     """
     generator = step_generator(args.seed, step, device)
     side = model.grid * model.patch_size
@@ -381,7 +383,7 @@ def draw_noise(args, model, mine, step, device):
 
 @torch.no_grad()
 def update_ema(ema, model, decay):
-    """ema <- decay ema + (1 - decay) model, for all parameters in one call."""
+    """Sets ema to decay ema + (1 - decay) model, for all parameters in one call."""
     torch._foreach_lerp_([*ema.parameters()], [*model.parameters()], 1 - decay)
 
 
@@ -398,11 +400,13 @@ def prepare(args, world):
     cache = CachedFeatures(args.data, targets=read_targets, control=args.control != "none")
     pieces = world * (args.micro_batch or 1)  # every process gets whole micro-batches
     if args.batch_size % pieces:
-        factors = "processes x micro-batch"
-        raise UserError(f"--batch-size {args.batch_size}: not a multiple of {pieces} ({factors})")
+        raise UserError(
+            f"--batch-size {args.batch_size}: not a multiple of {pieces} (processes x micro-batch)"
+        )
     if args.batch_size > len(cache.labels):
-        found = f"{args.data} has {len(cache.labels)} images"
-        raise UserError(f"--batch-size {args.batch_size}: {found}")
+        raise UserError(
+            f"--batch-size {args.batch_size}: {args.data} has {len(cache.labels)} images"
+        )
 
     sizes = dit.parse_model(args.model)
     config = {
@@ -421,11 +425,12 @@ def prepare(args, world):
     elif args.init:
         init, inherited = files.read_init(args.init, config)
         config |= inherited
+    # these flags win over --init; of a resumed run, read_run has checked that they are the same
     if args.pos_base is not None:
         config["pos_base"] = args.pos_base
     if args.time_shift is not None:
         config["time_shift"] = args.time_shift
-    files.check_memory(config, args.micro_batch or args.batch_size // world, args.precision)
+    files.check_memory(config, args.micro_batch or args.batch_size // world, args)
     return cache, config, checkpoint, init
 
 
@@ -447,7 +452,7 @@ def build(args, cache, config, init, device):
 
 
 def train(args):
-    # Launch, check, build; then resume if there is a checkpoint
+    # Launch, check and build; then resume, if there is a checkpoint
     rank, world, device = files.launch(hours=1)
     if args.digits and args.data == "features/digits":
         extract_digits(args.data, rank, world, device)
@@ -473,7 +478,7 @@ def train(args):
             objective, broadcast_buffers=False, gradient_as_bucket_view=True
         )
 
-    # Data: this process's rows of each global batch, in micro-batches
+    # The data: this process trains on its rows of each global batch, in micro-batches
     global_batch = args.batch_size
     local_batch = global_batch // world
     micro_batch = args.micro_batch or local_batch
@@ -485,7 +490,7 @@ def train(args):
     log = files.TrainingLog(args, step, rank, world, objective.flops(config))
     save = partial(files.save_run, args, config, cache, objective, ema, optimizer, __file__)
     batches = files.until_stopped(cache.loader(order, args.workers, device), log)
-    save_now = True  # there is nothing new to save yet
+    saved = True  # whether the newest checkpoint is up to date
 
     while step < args.steps:
         # 1. data and noise
@@ -504,7 +509,7 @@ def train(args):
             # >>> diversedit
             part["chosen"] = choose_blocks(args.seed, step, len(model.blocks), objective.num_chosen)
             # <<< diversedit
-            # only in the last micro-batch does DDP average the gradients over the processes
+            # DDP averages gradients only in the last micro-batch; a single process ignores this
             last = start + micro_batch == local_batch
             ddp_objective.require_backward_grad_sync = last
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -527,7 +532,7 @@ def train(args):
         step += 1
 
         # 4. log
-        log.add(list(losses), step_losses, grad_norm)
+        log.add(losses.keys(), step_losses, grad_norm)
         log_now, save_now, preview_now = files.due(args, step)
         if log_now:
             row = log.row(step, args.lr * warmup)
@@ -538,13 +543,14 @@ def train(args):
             log.write(row)
 
         # 5. save and preview
+        saved = save_now
         if save_now and rank == 0:
             save(step)
         if preview_now and rank == 0:
             path = out / f"samples-{step:07d}.png"
             sample.preview(ema, cache, vae, path, args.seed, args.precision)
 
-    if rank == 0 and not save_now:
+    if rank == 0 and not saved:
         save(step)
     if world > 1:
         dist.destroy_process_group()

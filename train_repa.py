@@ -1,10 +1,11 @@
 """REPA: hidden tokens of a diffusion transformer aligned with a frozen encoder (arXiv 2410.06940).
 
     x_t = (1 - t) x + t eps,   t ~ U[0, 1)                  t = 0 is data, t = 1 is noise
-    L   = |v(x_t, t, y) - (eps - x)|^2  +  lambda L_repa    mean over batch, channels and pixels
+    L      = L_fm + lambda L_repa
+    L_fm   = |v(x_t, t, y) - (eps - x)|^2                   mean over batch, channels and pixels
     L_repa = - mean cos(h(tokens of block d), z)            mean over encoders, batch and tokens
 
-    x    latent, drawn anew from the VAE's posterior        z       `targets`, the encoder's tokens
+    x    latent, drawn anew from the VAE's posterior        z       `targets`, of the clean image
     eps  noise                                              h       `projectors`, an MLP per encoder
     v    `model`, a DiT from dit.py                         d       --repa-depth, counted from 1
     y    class label, dropped with probability 0.1          lambda  --repa-weight (0: a plain SiT)
@@ -83,7 +84,8 @@ def parse_args(argv=None):
     add("--ema", type=number(float, 0, below=1), default=0.9999,
         help="decay of the averaged weights, per step")
     add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32",
-        help="precision of the network; losses, weights and optimiser are always fp32")
+        help="precision of the network (on CUDA, fp32 products use TF32); weights and optimiser are"
+             " always fp32")
     add("--compile", action="onoff", default=cuda,
         help="torch.compile the transformer blocks (default: on CUDA)")
 
@@ -126,7 +128,7 @@ def parse_args(argv=None):
         help="lambda; 0 trains the plain SiT and reads no targets")
     add("--repa-depth", type=number(int, 1),
         help="block whose tokens are aligned, counted from 1 (default: 8 for L and XL, 2 for nano,"
-             " and 4 for S and B, as the authors say in REPA#5)")
+             " and 4 for S and B, as the authors say in issue 5 of REPA's repository)")
     digits["repa_weight"] = 2.0  # with HOG targets, the weight 0.5 has almost no effect
     # <<< repa
     if parser.parse_known_args(argv)[0].digits:  # a first pass, to see this one flag
@@ -181,14 +183,14 @@ class Alignment(nn.Module):
         for target_width in self.target_widths:
             self.projectors.append(projector(model.hidden_size, target_width, hidden))
 
-    def forward(self, tokens, targets):                              # (N, T, D), (N, T, sum of E)
-        projected = [h(tokens) for h in self.projectors]             # (N, T, E) each
+    def forward(self, tokens, targets):                              # [N, T, D], [N, T, sum of E]
+        projected = [h(tokens) for h in self.projectors]             # [N, T, E] each
         return repa_loss(projected, targets.split(self.target_widths, dim=-1))
 
-    def flops(self, tokens):
-        """Returns the FLOPs of the forward pass for one image of so many tokens."""
+    def flops(self, num_tokens):
+        """Returns the FLOPs of the forward pass for one image with num_tokens tokens."""
         weights = sum(p.numel() for p in self.projectors.parameters() if p.ndim == 2)
-        return 2 * tokens * weights
+        return 2 * num_tokens * weights
 
 
 class Objective(nn.Module):
@@ -211,19 +213,19 @@ class Objective(nn.Module):
         """Returns a dict of scalar tensors: `loss` is minimised, and all are logged.
 
         x, eps [N, C, H, W]; y [N]; t [N], uniform in [0, 1); drop [N], true where the label is
-        dropped; targets [N, T, sum of E]; control [N, 7], see dit.ControlEmbedder. To train with
-        another distribution of times, transform t here.
+        dropped; targets [N, T, sum of E]; control [N, 7], see dit.ControlEmbedder.
         """
-        t = dit.shift_time(t, self.model.time_shift)  # changes nothing without --time-shift
+        # for another distribution of times, change this line; without --time-shift it does nothing
+        t = dit.shift_time(t, self.model.time_shift)
         t_image = t.view(-1, 1, 1, 1)
-        x_t = (1 - t_image) * x + t_image * eps                      # (N, C, H, W)
-        v, tokens = self.model(
+        x_t = (1 - t_image) * x + t_image * eps                      # [N, C, H, W]
+        v, block_tokens = self.model(
             x_t, t, y, drop=drop, control=control, return_blocks=self.aligned_blocks
         )
         loss_fm = F.mse_loss(v.float(), eps - x)
         if self.alignment is None:
             return {"loss": loss_fm, "loss_fm": loss_fm}
-        loss_repa = self.alignment(tokens[0], targets)
+        loss_repa = self.alignment(block_tokens[0], targets)
         loss = loss_fm + self.repa_weight * loss_repa
         return {"loss": loss, "loss_fm": loss_fm, "loss_repa": loss_repa}
 
@@ -235,18 +237,21 @@ class Objective(nn.Module):
         return 3 * forward
 
 
-def cknna(f, g, k=10):
+NEIGHBOURS = 10
+
+
+def cknna(f, g, k=NEIGHBOURS):
     """Measures how well features f [n, D] and g [n, E] of n images agree (arXiv 2405.07987).
 
-    Each row of a kernel is centered. Returns the correlation of the two kernels over the pairs
-    (i, j) where j is among the k nearest neighbours of i in both: a float, 1 if they agree.
+    The kernels hold cosines, centered by row, and are 0 unless j is among the k nearest neighbours
+    of i. Returns their normalised inner product: a float, 1 if they agree.
     """
 
     def local_kernel(features):
         unit = F.normalize(features.double(), dim=1)
-        kernel = unit @ unit.T                                       # (n, n)
+        kernel = unit @ unit.T                                       # [n, n]
         others = kernel.clone().fill_diagonal_(-2)  # below every cosine: i is not its own neighbour
-        nearest = others.topk(k).indices                             # (n, k)
+        nearest = others.topk(k).indices                             # [n, k]
         mask = torch.zeros_like(kernel).scatter(1, nearest, 1)
         return mask * (kernel - kernel.mean(1, keepdim=True))
 
@@ -266,11 +271,11 @@ def mean_tokens(model, cache, batch, t):
     times = torch.full((len(x),), t).to(x)
     blocks = range(1, len(model.blocks) + 1)
     means = []
-    for rows in torch.arange(len(x), device=x.device).split(32):
+    for rows in torch.arange(len(x), device=x.device).split(32):  # bounds the memory
         y = batch["y"][rows]
         control = batch["control"][rows] if "control" in batch else None
         _, tokens = model(x_t[rows], times[rows], y, control=control, return_blocks=blocks)
-        means.append(torch.stack([block.mean(1) for block in tokens]))  # (L, 32, D)
+        means.append(torch.stack([block.mean(1) for block in tokens]))  # [L, rows, D]
     return torch.cat(means, dim=1)
 
 
@@ -281,10 +286,10 @@ def report_cknna(model, cache, device):
     norms of the tokens.
     """
     float_targets = "targets" in cache.names and cache.meta["target_dtype"] == "float16"
-    if not float_targets or len(cache.labels) <= 10:  # the number of neighbours
+    if not float_targets or len(cache.labels) <= NEIGHBOURS:
         return {}
     batch = cache.fixed_batch(256, device)
-    targets = batch["targets"].float().mean(1)                       # (n, E)
+    targets = batch["targets"].float().mean(1)                       # [n, E]
     report = {}
     for t in (0.25, 0.5):
         tokens = mean_tokens(model, cache, batch, t)
@@ -296,8 +301,8 @@ def report_cknna(model, cache, device):
 def step_generator(seed, step, device):
     """Returns the generator that one step draws all its random numbers from.
 
-    PyTorch's generator for CPUs uses 32 bits of a seed, so that two of 400,000 steps may share
-    their noise. That is harmless; sampled images have NumPy's generators.
+    PyTorch's generator for CPUs keeps 32 bits of a seed, so a few of 400,000 steps may repeat
+    another's noise. For training this is harmless; sample.py uses NumPy's generators instead.
     """
     stream = files.random_stream("step", seed, step)
     return torch.Generator(device).manual_seed(int(stream.integers(2**63)))
@@ -325,9 +330,8 @@ def data_order(dataset_size, views, global_batch, mine, seed, start):
 def draw_noise(args, model, mine, step, device):
     """Draws the noise of the global batch of one step, and returns this process's rows of it.
 
-    It comes from (seed, step) alone. A resumed run therefore continues exactly, and the noise is
-    the same for any number of processes. The draws of a method come last: all methods share the
-    others.
+    It depends on (seed, step) alone, so a resumed run continues exactly, with any number of
+    processes. A method draws its own noise last, so that all methods share the rest.
     """
     generator = step_generator(args.seed, step, device)
     side = model.grid * model.patch_size
@@ -352,7 +356,7 @@ def draw_noise(args, model, mine, step, device):
 
 @torch.no_grad()
 def update_ema(ema, model, decay):
-    """ema <- decay ema + (1 - decay) model, for all parameters in one call."""
+    """Sets ema to decay ema + (1 - decay) model, for all parameters in one call."""
     torch._foreach_lerp_([*ema.parameters()], [*model.parameters()], 1 - decay)
 
 
@@ -369,11 +373,13 @@ def prepare(args, world):
     cache = CachedFeatures(args.data, targets=read_targets, control=args.control != "none")
     pieces = world * (args.micro_batch or 1)  # every process gets whole micro-batches
     if args.batch_size % pieces:
-        factors = "processes x micro-batch"
-        raise UserError(f"--batch-size {args.batch_size}: not a multiple of {pieces} ({factors})")
+        raise UserError(
+            f"--batch-size {args.batch_size}: not a multiple of {pieces} (processes x micro-batch)"
+        )
     if args.batch_size > len(cache.labels):
-        found = f"{args.data} has {len(cache.labels)} images"
-        raise UserError(f"--batch-size {args.batch_size}: {found}")
+        raise UserError(
+            f"--batch-size {args.batch_size}: {args.data} has {len(cache.labels)} images"
+        )
 
     sizes = dit.parse_model(args.model)
     config = {
@@ -392,11 +398,12 @@ def prepare(args, world):
     elif args.init:
         init, inherited = files.read_init(args.init, config)
         config |= inherited
+    # these flags win over --init; of a resumed run, read_run has checked that they are the same
     if args.pos_base is not None:
         config["pos_base"] = args.pos_base
     if args.time_shift is not None:
         config["time_shift"] = args.time_shift
-    files.check_memory(config, args.micro_batch or args.batch_size // world, args.precision)
+    files.check_memory(config, args.micro_batch or args.batch_size // world, args)
     return cache, config, checkpoint, init
 
 
@@ -418,7 +425,7 @@ def build(args, cache, config, init, device):
 
 
 def train(args):
-    # Launch, check, build; then resume if there is a checkpoint
+    # Launch, check and build; then resume, if there is a checkpoint
     rank, world, device = files.launch(hours=1)
     if args.digits and args.data == "features/digits":
         extract_digits(args.data, rank, world, device)
@@ -444,7 +451,7 @@ def train(args):
             objective, broadcast_buffers=False, gradient_as_bucket_view=True
         )
 
-    # Data: this process's rows of each global batch, in micro-batches
+    # The data: this process trains on its rows of each global batch, in micro-batches
     global_batch = args.batch_size
     local_batch = global_batch // world
     micro_batch = args.micro_batch or local_batch
@@ -456,7 +463,7 @@ def train(args):
     log = files.TrainingLog(args, step, rank, world, objective.flops(config))
     save = partial(files.save_run, args, config, cache, objective, ema, optimizer, __file__)
     batches = files.until_stopped(cache.loader(order, args.workers, device), log)
-    save_now = True  # there is nothing new to save yet
+    saved = True  # whether the newest checkpoint is up to date
 
     while step < args.steps:
         # 1. data and noise
@@ -472,7 +479,7 @@ def train(args):
         step_losses = 0
         for start in range(0, local_batch, micro_batch):
             part = {name: value[start : start + micro_batch] for name, value in batch.items()}
-            # only in the last micro-batch does DDP average the gradients over the processes
+            # DDP averages gradients only in the last micro-batch; a single process ignores this
             last = start + micro_batch == local_batch
             ddp_objective.require_backward_grad_sync = last
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -495,7 +502,7 @@ def train(args):
         step += 1
 
         # 4. log
-        log.add(list(losses), step_losses, grad_norm)
+        log.add(losses.keys(), step_losses, grad_norm)
         log_now, save_now, preview_now = files.due(args, step)
         if log_now:
             row = log.row(step, args.lr * warmup)
@@ -506,13 +513,14 @@ def train(args):
             log.write(row)
 
         # 5. save and preview
+        saved = save_now
         if save_now and rank == 0:
             save(step)
         if preview_now and rank == 0:
             path = out / f"samples-{step:07d}.png"
             sample.preview(ema, cache, vae, path, args.seed, args.precision)
 
-    if rank == 0 and not save_now:
+    if rank == 0 and not saved:
         save(step)
     if world > 1:
         dist.destroy_process_group()

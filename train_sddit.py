@@ -3,21 +3,21 @@
     x_S = x + sigma eps,  ln sigma ~ N(-1.2, 1.2^2)     student's view: 20 % of patches are masked
     x_T = x + 0.002 eps                                 teacher's view: nothing is masked
     L     = L_G + weight (L_cls + L_patch)
-    L_G   = |F_theta(x_S) - F*|^2                       where F* is
+    L_G   = |F_theta(x_S, sigma, y) - F*|^2             mean over all patches, masked ones too
             F* = (sigma x / s - s eps) / sqrt(sigma^2 + s^2)
     L_cls, L_patch = - sum_k P_T log P_S                of the CLS token; mean over visible patches
     P_S = softmax(a_S / tau_s)                          a_S, a_T: cosines with K prototypes
     P_T = softmax((a_T - c) / tau_t)
-    c <- 0.9 c + 0.1 mean a_T                           mean over all tokens and processes
+    c <- 0.9 c + 0.1 mean a_T                           one c for CLS, one for patches
     teacher <- m teacher + (1 - m) student
 
-    x    latent, drawn anew from the VAE's posterior    c      centers, of CLS and of patches
+    x    latent, drawn anew from the VAE's posterior    c      centers; mean over all processes
     eps  noise, the same in both views                  m      0.996 -> 0.999, half a cosine
     y    label, dropped with probability 0.1            tau_t  0.09 -> 0.099 in five epochs
     F_theta  `model`, an SDDiT from dit.py, which scales its input with EDM's c_in and c_noise
     s    0.5, EDM's sigma_data                          weight --sd-weight (0: no teacher)
     L_G is EDM's loss: lambda(sigma) |D - x|^2 = lambda c_out^2 |F_theta - F*|^2, and its weight
-    makes lambda c_out^2 = 1.
+    makes lambda c_out^2 = 1. The student's prototypes are frozen in the first epoch.
 
 Commands
     python train_sddit.py --digits                          minutes on a laptop
@@ -52,7 +52,7 @@ from extract_features import CachedFeatures, extract_digits, load_autoencoder
 from files import UserError, number
 
 # >>> sddit
-from torch.utils.checkpoint import checkpoint as recompute  # not a file: activations are made twice
+from torch.utils.checkpoint import checkpoint as recompute  # gradient checkpointing
 from tqdm import tqdm
 # <<< sddit
 
@@ -101,7 +101,8 @@ def parse_args(argv=None):
     add("--ema", type=number(float, 0, below=1), default=0.9999,
         help="decay of the averaged weights, per step")
     add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32",
-        help="precision of the network; losses, weights and optimiser are always fp32")
+        help="precision of the network (on CUDA, fp32 products use TF32); weights and optimiser are"
+             " always fp32")
     add("--compile", action="onoff", default=cuda,
         help="torch.compile the transformer blocks (default: on CUDA)")
 
@@ -238,12 +239,12 @@ class Head(nn.Module):
                 nn.init.zeros_(layer.bias)
         nn.init.trunc_normal_(self.prototypes, std=0.02)
 
-    def forward(self, tokens):                                       # (..., D)
+    def forward(self, tokens):                                       # [..., D]
         tokens = F.layer_norm(tokens.float(), tokens.shape[-1:], eps=1e-6)
-        return F.normalize(self.mlp(tokens), dim=-1, eps=1e-6)       # (..., B)
+        return F.normalize(self.mlp(tokens), dim=-1, eps=1e-6)       # [..., B]
 
-    def logits(self, features):                                      # (M, B)
-        return features @ F.normalize(self.prototypes, dim=-1, eps=1e-6).T  # (M, K)
+    def logits(self, features):                                      # [M, B]
+        return features @ F.normalize(self.prototypes, dim=-1, eps=1e-6).T  # [M, K]
 
 
 class Objective(nn.Module):
@@ -294,9 +295,9 @@ class Objective(nn.Module):
         label is dropped; mask_noise [N, T]; control [N, 7], see dit.ControlEmbedder.
         """
         shift = self.model.time_shift  # 1 without --time-shift
-        sigma = shift * sigma_from_uniform(t)                        # (N,)
+        sigma = shift * sigma_from_uniform(t)                        # [N,]
         x_student = x + sigma.view(-1, 1, 1, 1) * eps
-        visible = self.choose_visible(mask_noise)                    # (N, V)
+        visible = self.choose_visible(mask_noise)                    # [N, V]
         output, tokens = self.model(
             x_student, sigma, y, drop=drop, control=control, visible=visible, return_tokens=True
         )
@@ -324,13 +325,13 @@ class Objective(nn.Module):
         all patches of the teacher.
         """
         with torch.no_grad():
-            teacher = self.teacher_head(encoded)                     # (N, 1 + T, B)
+            teacher = self.teacher_head(encoded)                     # [N, 1 + T, B]
             # logits are linear in the features: the mean logit is the logit of the mean feature
             mean = torch.stack([teacher[:, 0].mean(0), teacher[:, 1:].mean((0, 1))])
             self.logit_sum += self.teacher_head.logits(mean)
-        student = self.head(tokens)                                  # (N, 1 + V, B)
+        student = self.head(tokens)                                  # [N, 1 + V, B]
         index = visible.unsqueeze(2).expand(-1, -1, student.shape[2])
-        student_patches = student[:, 1:].flatten(0, 1)               # (M, B)
+        student_patches = student[:, 1:].flatten(0, 1)               # [M, B]
         teacher_patches = teacher[:, 1:].gather(1, index).flatten(0, 1)  # the same patches
 
         tau_t = teacher_temperature(step // self.epoch_steps, *self.tau_range)
@@ -434,8 +435,8 @@ class Objective(nn.Module):
 def step_generator(seed, step, device):
     """Returns the generator that one step draws all its random numbers from.
 
-    PyTorch's generator for CPUs uses 32 bits of a seed, so that two of 400,000 steps may share
-    their noise. That is harmless; sampled images have NumPy's generators.
+    PyTorch's generator for CPUs keeps 32 bits of a seed, so a few of 400,000 steps may repeat
+    another's noise. For training this is harmless; sample.py uses NumPy's generators instead.
     """
     stream = files.random_stream("step", seed, step)
     return torch.Generator(device).manual_seed(int(stream.integers(2**63)))
@@ -463,9 +464,8 @@ def data_order(dataset_size, views, global_batch, mine, seed, start):
 def draw_noise(args, model, mine, step, device):
     """Draws the noise of the global batch of one step, and returns this process's rows of it.
 
-    It comes from (seed, step) alone. A resumed run therefore continues exactly, and the noise is
-    the same for any number of processes. The draws of a method come last: all methods share the
-    others.
+    It depends on (seed, step) alone, so a resumed run continues exactly, with any number of
+    processes. A method draws its own noise last, so that all methods share the rest.
     """
     generator = step_generator(args.seed, step, device)
     side = model.grid * model.patch_size
@@ -494,7 +494,7 @@ def draw_noise(args, model, mine, step, device):
 
 @torch.no_grad()
 def update_ema(ema, model, decay):
-    """ema <- decay ema + (1 - decay) model, for all parameters in one call."""
+    """Sets ema to decay ema + (1 - decay) model, for all parameters in one call."""
     torch._foreach_lerp_([*ema.parameters()], [*model.parameters()], 1 - decay)
 
 
@@ -513,11 +513,13 @@ def prepare(args, world):
     cache = CachedFeatures(args.data, targets=read_targets, control=args.control != "none")
     pieces = world * (args.micro_batch or 1)  # every process gets whole micro-batches
     if args.batch_size % pieces:
-        factors = "processes x micro-batch"
-        raise UserError(f"--batch-size {args.batch_size}: not a multiple of {pieces} ({factors})")
+        raise UserError(
+            f"--batch-size {args.batch_size}: not a multiple of {pieces} (processes x micro-batch)"
+        )
     if args.batch_size > len(cache.labels):
-        found = f"{args.data} has {len(cache.labels)} images"
-        raise UserError(f"--batch-size {args.batch_size}: {found}")
+        raise UserError(
+            f"--batch-size {args.batch_size}: {args.data} has {len(cache.labels)} images"
+        )
 
     sizes = dit.parse_model(args.model)
     config = {
@@ -536,11 +538,12 @@ def prepare(args, world):
     elif args.init:
         init, inherited = files.read_init(args.init, config)
         config |= inherited
+    # these flags win over --init; of a resumed run, read_run has checked that they are the same
     if args.pos_base is not None:
         config["pos_base"] = args.pos_base
     if args.time_shift is not None:
         config["time_shift"] = args.time_shift
-    files.check_memory(config, args.micro_batch or args.batch_size // world, args.precision)
+    files.check_memory(config, args.micro_batch or args.batch_size // world, args)
     return cache, config, checkpoint, init
 
 
@@ -562,7 +565,7 @@ def build(args, cache, config, init, device):
 
 
 def train(args):
-    # Launch, check, build; then resume if there is a checkpoint
+    # Launch, check and build; then resume, if there is a checkpoint
     rank, world, device = files.launch(hours=1)
     if args.digits and args.data == "features/digits":
         extract_digits(args.data, rank, world, device)
@@ -588,7 +591,7 @@ def train(args):
             objective, broadcast_buffers=False, gradient_as_bucket_view=True
         )
 
-    # Data: this process's rows of each global batch, in micro-batches
+    # The data: this process trains on its rows of each global batch, in micro-batches
     global_batch = args.batch_size
     local_batch = global_batch // world
     micro_batch = args.micro_batch or local_batch
@@ -600,7 +603,7 @@ def train(args):
     log = files.TrainingLog(args, step, rank, world, objective.flops(config))
     save = partial(files.save_run, args, config, cache, objective, ema, optimizer, __file__)
     batches = files.until_stopped(cache.loader(order, args.workers, device), log)
-    save_now = True  # there is nothing new to save yet
+    saved = True  # whether the newest checkpoint is up to date
 
     while step < args.steps:
         # 1. data and noise
@@ -619,7 +622,7 @@ def train(args):
             # >>> sddit
             part["step"] = step
             # <<< sddit
-            # only in the last micro-batch does DDP average the gradients over the processes
+            # DDP averages gradients only in the last micro-batch; a single process ignores this
             last = start + micro_batch == local_batch
             ddp_objective.require_backward_grad_sync = last
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -650,7 +653,7 @@ def train(args):
         step += 1
 
         # 4. log
-        log.add(list(losses), step_losses, grad_norm)
+        log.add(losses.keys(), step_losses, grad_norm)
         log_now, save_now, preview_now = files.due(args, step)
         if log_now:
             row = log.row(step, args.lr * warmup)
@@ -660,13 +663,14 @@ def train(args):
             log.write(row)
 
         # 5. save and preview
+        saved = save_now
         if save_now and rank == 0:
             save(step)
         if preview_now and rank == 0:
             path = out / f"samples-{step:07d}.png"
             sample.preview(ema, cache, vae, path, args.seed, args.precision)
 
-    if rank == 0 and not save_now:
+    if rank == 0 and not saved:
         save(step)
     if world > 1:
         dist.destroy_process_group()

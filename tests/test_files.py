@@ -478,13 +478,14 @@ def test_nodes_without_a_common_disk_are_noticed(cache, tmp_path, processes, tin
 
 def test_memory_is_checked_before_anything_is_built(monkeypatch):
     """One image of XL/2 in fp32 needs 13.5 GB of parameters alone, as 20 bytes each."""
+    args = argparse.Namespace(precision="fp32", compile=False)
     config = dict(arch="DiT", input_size=32, in_channels=4, num_classes=1000, **dit.parse_model("XL/2"))
     monkeypatch.setattr(os, "sysconf", lambda name: 2**30 // 4096 if name == "SC_PHYS_PAGES" else 4096)
     with pytest.raises(UserError, match="--micro-batch.*nano/2, S/2") as error:
-        files.check_memory(config, 1, "fp32")
+        files.check_memory(config, 1, args)
     assert "1 images" in str(error.value) and "1 GB" in str(error.value) and "B/2" not in str(error.value)
     monkeypatch.setattr(os, "sysconf", lambda name: 2**40 // 4096 if name == "SC_PHYS_PAGES" else 4096)
-    files.check_memory(config, 1, "fp32")
+    files.check_memory(config, 1, args)
 
 
 def test_json_of_a_run_is_plain(cache, tmp_path, tiny_nano):
