@@ -326,12 +326,14 @@ def read_ahead(dataset, workers, **options):
     If a worker dies, this raises UserError within five seconds. PyTorch's own handler is removed,
     because it would raise at any point of the program.
     If a signal comes, the workers ignore it, because the last step still needs them.
-    If the program ends, `kill_children` ends them. Python would send SIGTERM, which they ignore,
-    and wait for them forever.
+    If the caller has enough or the program ends, the workers are killed. Python would send SIGTERM,
+    which they ignore, and wait for them.
     """
+    others = multiprocessing.active_children()
     options["worker_init_fn"] = shield_worker
     batches = iter(DataLoader(dataset, num_workers=workers, **options))
-    atexit.register(kill_children)
+    processes = [child for child in multiprocessing.active_children() if child not in others]
+    atexit.register(kill, processes)
     with contextlib.suppress(ValueError):  # only the main thread may set handlers
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
@@ -342,10 +344,12 @@ def read_ahead(dataset, workers, **options):
         raise UserError(
             f"a loader process died ({first_sentence(error)}); try fewer --workers"
         ) from None
+    finally:
+        kill(processes)
 
 
-def kill_children():
-    for process in multiprocessing.active_children():
+def kill(processes):
+    for process in processes:
         process.kill()
 
 
