@@ -22,6 +22,7 @@ from conftest import extract as extract_small
 from PIL import Image
 
 import extract_features as ef
+import fid
 import files
 
 
@@ -963,3 +964,25 @@ class Broken(torch.utils.data.Dataset):
 def test_a_bug_in_a_loader_keeps_its_traceback(workers):
     with pytest.raises(RuntimeError, match="a bug of a fork"):
         next(files.read_ahead(Broken(), workers, batch_sampler=[[0]]))
+
+
+def test_both_programs_list_the_same_images(tmp_path, capsys):
+    """Linked class folders, hidden files, a Mac's sidecars, other suffixes, a link that leads back."""
+    real = tmp_path / "elsewhere" / "cat"
+    source = tmp_path / "source"
+    for folder in (real, source / "dog", source / ".hidden", source / "__MACOSX"):
+        folder.mkdir(parents=True)
+        for name in ("a.png", "B.JPG", "._a.png", ".b.png", "c.webp", "d.bmp", "e.tif", "notes.txt"):
+            (folder / name).write_bytes(b"")
+    (source / "cat").symlink_to(real)
+    (source / "dog" / "again").symlink_to(source)
+    found = [path for path in fid.list_files(source) if path.suffix.lower() in fid.IMAGES]
+    (source / "dog" / "again").unlink()  # images below a class are refused by an extraction
+    images = ef.Images(source)
+    assert sorted(images.names) == sorted(path.relative_to(source).as_posix() for path in found)
+    assert images.names == ["cat/B.JPG", "cat/a.png", "cat/c.webp", "dog/B.JPG", "dog/a.png", "dog/c.webp"]
+    assert "4 images" in capsys.readouterr().out, "d.bmp and e.tif of both classes"
+    assert set(ef.IMAGES) == set(fid.IMAGES) and ef.OTHER_IMAGES == fid.OTHER_IMAGES
+    for mode, value in (("I;16", 40000), ("L", 77), ("RGBA", (1, 2, 3, 0))):
+        picture = Image.new(mode, (3, 2), value)
+        assert np.array_equal(np.asarray(ef.to_rgb(picture)), np.asarray(fid.to_rgb(picture)))
