@@ -707,6 +707,34 @@ def test_transfer_needs_the_same_tokens(cache, tmp_path, monkeypatch):
     assert "hidden_size is 32" in message and " 64" in message and not (tmp_path / "run").exists()
 
 
+def test_a_large_base_of_positions_does_not_keep_a_run_from_resuming(cache, tmp_path):
+    """A number of the config may exceed every side of the weights."""
+    train(cache, tmp_path / "run", "--steps", 1, "--pos-base", 2000)
+    resumed = train(cache, tmp_path / "run", "--steps", 2, "--pos-base", 2000)
+    assert resumed["step"] == 2 and resumed["config"]["pos_base"] == 2000
+
+
+@pytest.mark.parametrize("precision, enabled", [("fp32", False), ("bf16", True)])
+def test_a_preview_has_the_precision_of_the_run(cache, tmp_path, monkeypatch, precision, enabled):
+    seen, generate = [], sample.generate
+
+    def spy(*args, **kwargs):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(sample, "generate", spy)
+    options = ["--steps", 1, "--sample-every", 1000, "--repa-weight", 0, "--precision", precision]
+    train(cache, tmp_path / "run", *options)
+    assert seen == [enabled]
+
+
+def test_help_shows_a_default_of_zero(capsys):
+    with pytest.raises(SystemExit):
+        train_repa.parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "seed of weights, order and noise (default: 0)" in text
+
+
 def test_preview_has_control(cache, tmp_path, monkeypatch):
     seen, generate = [], sample.generate
     monkeypatch.setattr(sample, "generate", lambda *a, **k: seen.append(k["control"]) or generate(*a, **k))
