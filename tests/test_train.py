@@ -17,6 +17,7 @@ import torch
 from conftest import (
     ENVIRONMENT,
     ROOT,
+    SCRIPTS,
     WITH_TINY_NANO,
     command_line,
     difference,
@@ -40,8 +41,7 @@ import train_repa
 import train_sddit
 from extract_features import CachedFeatures
 
-SCRIPTS = [train_repa, train_diversedit, train_sddit]
-each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+each_script = pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 pytestmark = pytest.mark.usefixtures("tiny_nano")
 
 
@@ -532,14 +532,18 @@ def test_warm_up(cache, tmp_path):
 
 
 def test_without_flags_a_script_is_the_run_of_its_paper():
-    for script in SCRIPTS:
-        steps, precision = 400_000, "bf16" if torch.cuda.is_available() else "fp32"
-        if script is train_sddit:
-            steps, precision = 2_400_000, "fp32"
+    own = {
+        "sddit": {"steps": 2_400_000, "precision": "fp32"},
+        "meanflow": {"steps": 1_200_000, "precision": "fp32", "beta2": 0.95, "clip": 0},
+    }
+    for name, script in SCRIPTS.items():
+        precision = "bf16" if torch.cuda.is_available() else "fp32"
+        expected = {"steps": 400_000, "precision": precision, "beta2": 0.999, "clip": 1}
+        expected |= own.get(name, {})
         args = script.parse_args([])
+        assert {key: vars(args)[key] for key in expected} == expected
         assert (args.model, args.batch_size, args.lr, args.ema) == ("XL/2", 256, 1e-4, 0.9999)
-        assert (args.steps, args.precision) == (steps, precision)
-        assert (args.data, args.warmup, args.beta2) == ("features/imagenet256", 0, 0.999)
+        assert (args.data, args.warmup) == ("features/imagenet256", 0)
         assert args.out == f"runs/{script.NAME}" and args.control == "none" and not args.digits
     args = train_repa.parse_args([])
     assert args.repa_weight == 0.5 and args.repa_depth is None
