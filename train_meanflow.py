@@ -1,33 +1,39 @@
-"""MeanFlow: a network that jumps from noise to data in one evaluation (arXiv 2505.13447).
+"""MeanFlow: a network that goes from noise to data in one evaluation (arXiv 2505.13447).
 
     x_t = (1 - t) x + t eps,   v = eps - x                  t = 0 is data, t = 1 is noise
-    u(x_t, r, t) = integral of the velocity from r to t / (t - r)          the mean velocity
-    Derive (t - r) u = integral by t, along the path:   u + (t - r) du/dt = v, hence
-    u = v - (t - r) du/dt,   du/dt = (d_x u) v + d_t u      the MeanFlow identity; r is fixed
+    (t - r) u(x_t, r, t) = integral of v from r to t        u is the mean velocity on the path
+    u + (t - r) du/dt = v                                   the same, differentiated by t
+    u = v - (t - r) du/dt                                   the MeanFlow identity
+    du/dt = v d_x u + d_t u                                 x moves with v, and r stays
 
-    u_tgt = v~ - (t - r) du/dt                              no gradient passes through u_tgt
-    v~    = omega v + kappa u(x_t, t, t, y) + (1 - omega - kappa) u(x_t, t, t, null)
-    L     = mean of E / sg(E + c)^p,   E = |u - u_tgt|^2    E: sum over channels and pixels
-    x_r   = x_t - (t - r) u(x_t, r, t)                      sampling: r = 0 from t = 1 is one step
+    u_tgt = v~ - (t - r) du/dt                              a constant for the gradient
+    v~  = omega v + kappa u(x_t, t, t, y) + (1 - omega - kappa) u(x_t, t, t, null)      guidance
+    L   = mean over images of E / sg(E + c)^p               --diverse adds w(L_div) L_div
+    E   = |u(x_t, r, t, y) - u_tgt|^2                       sum over channels and pixels
+    x_r = x_t - (t - r) u(x_t, r, t)                        sampling: t = 1, r = 0 is a single step
 
-    x    latent, drawn anew from the VAE's posterior        v~     velocity with guidance inside;
-    eps  noise                                                     v itself for omega 1, kappa 0
-    u    `model`, a DiT that also embeds t - r;             omega  --omega, kappa --kappa: the scale
-         u(x_t, t, t) is the velocity                              is omega / (1 - kappa)
-    y    class label, sometimes dropped (--label-drop)      p      --power; c is 0.01
-    t, r larger and smaller of two logit-normal draws;      sg     stops the gradient
-         r = t for --flow-ratio of the rows, where L is plain flow matching
+    x    latent, drawn anew from the VAE's posterior        omega  --omega, together with --kappa;
+    eps  noise                                                     the scale is omega / (1 - kappa)
+    u    `model`, a DiT that also embeds t - r;             kappa  --kappa; omega 1, kappa 0: v~ = v
+         u(x_t, t, t) is the velocity                       p      --power; c is 0.01
+    y    class label, sometimes dropped (--label-drop)      sg     without gradient
+    t, r larger and smaller of two draws (--time-normal); r = t in a share --flow-ratio of the rows,
+         where u_tgt is v~, and L is flow matching
 
-With p = 1 each row's gradient is that of its mean squared error, divided by that error. So `loss`
-stays near 1 for ever: watch loss_fm (rows with r = t) and loss_mean (r < t).
+The velocity of the path is the mean of eps - x at x_t. A squared error learns such a mean, so the
+target may use the eps - x of one sample.
+With p = 1 a row's gradient is that of its squared error, divided by that error. So `loss` is near
+1 for ever. Watch loss_fm, the mean squared error of the rows with r = t, and loss_mean, r < t.
 
 Commands
     python train_meanflow.py --digits                       four minutes on a laptop
     torchrun --nproc_per_node=8 train_meanflow.py           the paper's run: XL/2, ImageNet 256 px
     torchrun --nproc_per_node=8 train_meanflow.py --diverse     with DiverseDiT (2603.04239)
     python train_meanflow.py --micro-batch 32               on one GPU
-    --tangent model         du/dt along the network's own velocity, as in iMF (2512.02012)
-    --flow-ratio 1          plain flow matching
+    Variants:
+    --tangent model         x moves with u(x_t, t, t, y) in du/dt, as in iMF (2512.02012)
+    --omega 1 --kappa 0     no guidance in the target
+    --flow-ratio 1          flow matching
 
 To resume, run the same command again. The code of the method stands between `# >>> meanflow` and
 `# <<< meanflow`. All other code is identical in every train_*.py, so a diff of two shows the
@@ -158,11 +164,11 @@ def parse_args(argv=None):
     add("--power", type=number(float, 0, 10), default=1.0,
         help="p of the adaptive loss; 0 is the squared error, summed over channels and pixels")
     add("--tangent", choices=["data", "model"], default="data",
-        help="the velocity along which du/dt is taken: v~, or u(x_t, t, t, y) as in iMF")
+        help="how x moves in du/dt: with v~, or with the network's velocity u(x_t, t, t, y)")
     add("--omega", type=number(float, above=0, high=100), default=0.2,
-        help="weight of the sample's own velocity in v~")
+        help="weight of eps - x in v~")
     add("--kappa", type=number(float, 0, below=1), default=0.92,
-        help="weight of the network's conditional velocity in v~; 1 and 0 mean no guidance")
+        help="weight of the network's velocity in v~; --omega 1 --kappa 0 means no guidance")
     add("--guide-interval", type=number(float, 0, 1), nargs=2, default=[0.0, 0.75],
         metavar=("LOW", "HIGH"),
         help="guide only where t is in this interval")
@@ -171,7 +177,7 @@ def parse_args(argv=None):
     parser.set_defaults(
         steps=1_200_000, precision="fp32", beta2=0.95, clip=0.0, time_normal=[-0.4, 1.0]
     )
-    digits |= {"omega": 1.0, "kappa": 0.0}  # guidance leads away from the data, see digits.md
+    digits |= {"omega": 1.0, "kappa": 0.0}  # guidance would leave the distribution of the digits
     # <<< meanflow
     if parser.parse_known_args(argv)[0].digits:  # a first pass, to see this one flag
         parser.set_defaults(**digits)
@@ -181,11 +187,11 @@ def parse_args(argv=None):
 # >>> meanflow
 @torch.no_grad()
 def mean_flow_target(u, x_t, r, t, v, tangent=None):
-    """Returns u_tgt = v - (t - r) du/dt (arXiv 2505.13447, equation 6): [N, C, H, W], no gradient.
+    """Returns u_tgt = v - (t - r) du/dt (arXiv 2505.13447), the MeanFlow identity, as a constant.
 
-    u: the function (x, r, t) -> mean velocity [N, C, H, W]; r, t [N]; x_t, v [N, C, H, W].
-    du/dt is the derivative along the path: x moves with dx/dt, r stays, and t moves with speed 1.
-    tangent: dx/dt; by default it is v.
+    u: a function (x, r, t) -> mean velocity; x_t, v and what is returned: [N, C, H, W]; r, t [N].
+    du/dt is the derivative along the path, on which dx/dt = v, dr/dt = 0 and dt/dt = 1.
+    tangent: another dx/dt, such as the network's own velocity.
     """
     dx_dt = v if tangent is None else tangent
     _, du_dt = jvp(u, (x_t, r, t), (dx_dt, torch.zeros_like(r), torch.ones_like(t)))
@@ -230,9 +236,7 @@ class Objective(nn.Module):
             )
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # of torch's own jvp
 
-    def forward(
-        self, x, y, t, eps, drop, other_t, r_below_t, chosen=(), targets=None, control=None
-    ):
+    def forward(self, x, y, t, eps, drop, other_t, r_below_t, chosen=(), control=None):
         """Returns a dict of scalar tensors: `loss` is minimised, and all are logged.
 
         x, eps [N, C, H, W]; y [N]; t, other_t [N], uniform in [0, 1); drop [N], true where the
@@ -249,11 +253,12 @@ class Objective(nn.Module):
 
         # u_tgt is v~ where r = t; only the other rows need du/dt
         target = v.clone()
-        target[r_below_t] = self.target(v, x_t, r, t, y, control, rows=r_below_t)
+        rows = r_below_t.nonzero().flatten()                         # [M,]
+        target[rows] = self.target_of_rows(rows, v, x_t, r, t, y, control)
 
         # an ordinary forward pass: compiled, with fused attention, and seen by DDP
         u, tokens = self.model(
-            x_t, t, y, drop=drop, control=control, return_blocks=chosen, r=r
+            x_t, t, y, drop=drop, control=control, r=r, return_blocks=chosen
         )
         loss, mse = adaptive_loss(u, target, self.power)
         losses = {}
@@ -288,9 +293,8 @@ class Objective(nn.Module):
         return torch.where(inside.view(-1, 1, 1, 1), guided, v)
 
     @torch.no_grad()
-    def target(self, v, x_t, r, t, y, control, rows):
-        """Returns u_tgt [M, C, H, W] of the M rows, none of which has lost its label."""
-        x_t, r, t, v = x_t[rows], r[rows], t[rows], v[rows]
+    def target_of_rows(self, rows, v, x_t, r, t, y, control):
+        """Returns u_tgt [M, C, H, W] of rows with r < t, none of which has lost its label."""
         y = y[rows]
         if control is not None:
             control = control[rows]
@@ -301,10 +305,10 @@ class Objective(nn.Module):
         # jvp has no formula for fused attention. It cannot pass compiled blocks either: without
         # force_eager, they would silently stay uncompiled for the rest of the run
         with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
-            tangent = v
+            tangent = v[rows]
             if self.tangent == "model":
-                tangent = u(x_t, t, t).float()
-            return mean_flow_target(u, x_t, r, t, v, tangent)
+                tangent = u(x_t[rows], t[rows], t[rows]).float()
+            return mean_flow_target(u, x_t[rows], r[rows], t[rows], v[rows], tangent)
 
     def flops(self, config):
         """Returns the FLOPs of a training step per image.
