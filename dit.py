@@ -11,9 +11,9 @@ resolution. Nothing here reads a file, knows about processes or holds a loss. `b
 a model from the `config` of its checkpoint.
 
 The state dict of a plain DiT has the names and shapes of REPA's checkpoints. Those of DiT and SiT
-have twice as many output channels. Control and long residuals add tensors, and class tokens widen
-the label table. An SDDiT adds a CLS token and a decoder; its label table and its last layer have
-shapes of their own.
+have twice as many output channels. Control, an interval and long residuals add tensors, and class
+tokens widen the label table. An SDDiT adds a CLS token and a decoder; its label table and its last
+layer have shapes of their own.
 
 Every file says where it deviates from a paper or from the authors' code, always in this form:
     paper: what the paper says / official code: what the authors' code does / here: what this file
@@ -404,8 +404,9 @@ class DiT(nn.Module):
     def condition(self, t, unshifted_t, y, drop, control, r=None):
         """Returns the condition c [N, D] and the K class tokens [N, K, D] that precede the patches.
 
-        t [N] is embedded, and t - r if the model has the option `interval`. unshifted_t [N], the time before any shift (see shift_time), weighs the
-        control: it says how noisy an image looks, at every resolution.
+        t [N] is embedded, and t - r if the model has the option `interval`. unshifted_t [N], the
+        time before any shift (see shift_time), weighs the control: it says how noisy an image
+        looks, at every resolution.
         """
         c = self.t_embedder(t)                                        # [N, D]
         if self.h_embedder is not None:

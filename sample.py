@@ -151,8 +151,8 @@ def guided(model, y, scale=1.0, interval=None, guide=None, control=None, control
         v = model(y, 0) + control_scale (model(y, c) - model(y, 0))
         v_weak = model(null, 0)
     EDM's denoiser is affine in F, so guiding F guides it.
-    With a time r, the function returns the mean velocity from r to t. Guidance mixes velocities, not
-    their means, so it raises ValueError if that is to be guided.
+    With a time r, the function returns the mean velocity from r to t. It raises ValueError if that
+    is to be guided, because guidance mixes velocities and not their means.
     paper: the formula of 2411.03177 was not available / here: reconstructed from its two scales.
     official code: DiT and SiT guide three of four channels (DiT#41) / here: all, as in REPA.
     official code: Heun's second evaluation is guided if the step starts inside the interval / here:

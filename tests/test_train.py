@@ -610,19 +610,24 @@ def test_control_is_trained(cache, tmp_path, script, monkeypatch):
     """The rows of the cache reach the model, zeros for dropped images; sampling draws from the kept table."""
     seen, condition = [], dit.DiT.condition
 
-    def spy(self, t, unshifted_t, y, drop, control):
+    def spy(self, t, unshifted_t, y, drop, control, *more):
         if control is not None and not t.is_meta:
             seen.append(control.tolist())
-        return condition(self, t, unshifted_t, y, drop, control)
+        return condition(self, t, unshifted_t, y, drop, control, *more)
 
     options = ["--control", "cosine", "--control-drop", 0.25, "--class-tokens", 3, "--steps", 4]
+    grid = ["--grid", str(tmp_path / "grid.png"), "--num", "3", "--steps", "2"]
+    if script.NAME == "meanflow":
+        options += ["--omega", 1, "--kappa", 0]
+        grid += ["--sampler", "ode"]
     with monkeypatch.context() as patch:
         patch.setattr(dit.DiT, "condition", spy)
         checkpoint = train(cache, tmp_path / "run", *options, script=script)
     features = CachedFeatures(cache)
     table = {tuple(row) for row in features.__getitems__(range(len(features)))["control"].tolist()}
     assert table == {(8, 12, 0, 2, 8, 8, 0), (8, 12, 0, 2, 8, 8, 1)}
-    assert len(seen) == (8 if script is train_sddit else 4), "the teacher sees the same control"
+    passes = {"sddit": 2, "meanflow": 2}.get(script.NAME, 1)  # with the teacher, with the derivative
+    assert len(seen) == 4 * passes, "the teacher sees the same control"
     assert script is not train_sddit or seen[::2] == seen[1::2]
     assert {tuple(row) for batch in seen for row in batch} == table | {7 * (0,)}
     before = train(cache, tmp_path / "start", *options, "--lr", 0, script=script)
@@ -630,7 +635,6 @@ def test_control_is_trained(cache, tmp_path, script, monkeypatch):
         if name.startswith("control_embedder.low.2") or name.startswith("control_embedder.high.2"):
             assert (value != before["model"][name]).any() and not before["model"][name].any(), name
     assert checkpoint["control"].tolist() == 3 * [50 * [[8, 12, 0, 2, 8, 8, 0]]], "centred and not mirrored"
-    grid = ["--grid", str(tmp_path / "grid.png"), "--num", "3", "--steps", "2"]
     for more in ([], ["--control", "fixed"], ["--cfg", "2", "--control-cfg", "0.5"]):
         sample.main([str(tmp_path / "run" / "last.pt"), *grid, *more])
 
