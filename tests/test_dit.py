@@ -250,6 +250,8 @@ STEP_GFLOPS = [
     ("train_repa", "DiT", 3 * 2 * (118.6 + 256 * (1152 * 2048 + 2048**2 + 2048 * 768) / 1e9)),
     ("train_diversedit", "DiverseDiT", 3 * 2 * 128.1),
     ("train_sddit", "SDDiT", 863),
+    # forward and backward, two passes of the guidance, du/dt of a quarter of the rows
+    ("train_meanflow", "DiT", (3 + 2 + 0.25 * 2) * 2 * 118.6),
 ]
 
 
