@@ -12,6 +12,10 @@ command again to continue it.
       ode, heun     dx_t/dt = v
       sde           dx_t = (v - t s) dt + sqrt(2t) dw, the score is s = -((1 - t) v + x_t) / t
                     (arXiv 2401.08740)
+    noise           x_k = alpha x + sigma eps, k = 0 .. 999 (arXiv 2212.09748)
+                    the network predicts eps and a variance
+      ddpm          x_l = c1 x + c2 x_k + exp(log_variance / 2) n, for the next lower timestep l;
+                    ode, heun and sde also take this network, as a velocity (see dit.NoiseDiT)
     EDM             x_sigma = x + sigma eps (arXiv 2206.00364)
                     the network predicts F of the denoiser D = c_skip x_sigma + c_out F
       edm           dx_sigma/dsigma = (x_sigma - D) / sigma, Heun's method; the one of SD-DiT
@@ -101,6 +105,30 @@ def flow_sde(model, x, times, noise):
     return x
 
 
+def ddpm_times(steps=250):
+    """Returns the t of DDPM's timesteps (see dit.NoiseDiT), then 0: float64 [steps + 1]."""
+    schedule = dit.ddpm_schedule(steps)
+    times = [step.sigma / (step.alpha + step.sigma) for step in reversed(schedule)]
+    return torch.tensor([*times, 0], dtype=torch.float64)
+
+
+def ddpm(model, x, times, noise):
+    """Runs DiT's ancestral sampler along `times` (see ddpm_times), from N(0, 1) noise x.
+
+    model(x, t) -> eps and the variance's channels, [N, 2 C, H, W]; noise() -> N(0, 1) like x
+    [N, C, H, W]. Neither x nor the variance is clamped, as in DiT. Returns float64.
+    """
+    x_k = x.double()
+    steps = reversed(dit.ddpm_schedule(len(times) - 1))
+    for t, step in zip(times.tolist(), steps, strict=False):
+        eps, variance = model(x_k, t).double().chunk(2, dim=1)
+        x = (x_k - step.sigma * eps) / step.alpha                     # [N, C, H, W]
+        x_k = step.c1 * x + step.c2 * x_k
+        if step.k > 0:
+            x_k = x_k + (step.log_variance(variance) / 2).exp() * noise()
+    return x_k
+
+
 def edm_heun(denoiser, x, sigmas):
     """Runs EDM's deterministic sampler along `sigmas` (see edm_sigmas), from N(0, 1) noise x.
 
@@ -125,7 +153,16 @@ def edm_denoiser(network):
     return denoiser
 
 
-def guided(model, y, scale=1.0, interval=None, guide=None, control=None, control_scale=None):
+def guided(
+    model,
+    y,
+    scale=1.0,
+    interval=None,
+    guide=None,
+    control=None,
+    control_scale=None,
+    call="__call__",  # or predict_at, of a NoiseDiT
+):
     """Returns the function (x, t) -> v of a model for classes y [N], guided where low <= t <= high.
 
     interval: (low, high), or None for all t. Guidance turns v into v_weak + scale (v - v_weak);
@@ -136,7 +173,8 @@ def guided(model, y, scale=1.0, interval=None, guide=None, control=None, control
     With a control_scale (arXiv 2411.03177), where 0 is a control of zeros, which means none:
         v = model(y, 0) + control_scale (model(y, c) - model(y, 0))
         v_weak = model(null, 0)
-    EDM's denoiser is affine in F, so guiding F guides it.
+    EDM's denoiser is affine in F, so guiding F guides it. For DDPM, v stands for the noise, which
+    predict_at returns; its channels for the variance are not guided, but those of model(y, c).
     paper: the formula of 2411.03177 was not available / here: reconstructed from its two scales.
     official code: DiT and SiT guide three of four channels (DiT#41) / here: all, as in REPA.
     official code: Heun's second evaluation is guided if the step starts inside the interval / here:
@@ -145,6 +183,7 @@ def guided(model, y, scale=1.0, interval=None, guide=None, control=None, control
     null = torch.full_like(y, model.num_classes)
     low, high = interval or (0, math.inf)
     unguided = scale <= 1 and control_scale is None
+    predict = getattr(model, call)
 
     def evaluate(x, t, classes, controls):
         """Returns the n velocities for n lists of classes and of controls, from one batch."""
@@ -152,7 +191,7 @@ def guided(model, y, scale=1.0, interval=None, guide=None, control=None, control
         rows = None
         if control is not None:
             rows = torch.cat(controls)                                # [n N, 7]
-        v = model(x.repeat(n, 1, 1, 1), t.repeat(n), torch.cat(classes), control=rows)
+        v = predict(x.repeat(n, 1, 1, 1), t.repeat(n), torch.cat(classes), control=rows)
         return v.chunk(n)                                             # n times [N, C, H, W]
 
     def velocity(x, t):
@@ -160,17 +199,21 @@ def guided(model, y, scale=1.0, interval=None, guide=None, control=None, control
         inside = low <= t <= high
         t = torch.full((len(x),), t, device=x.device)                 # [N]
         if unguided or not inside:
-            return model(x, t, y, control=control)
+            return predict(x, t, y, control=control)
         if guide is not None:
-            v = model(x, t, y, control=control)
-            v_weak = guide(x, t, y, control=control)
+            v = predict(x, t, y, control=control)
+            v_full = v
+            v_weak = getattr(guide, call)(x, t, y, control=control)
         elif control_scale is None:
             v, v_weak = evaluate(x, t, [y, null], [control, control])
+            v_full = v
         else:
             zeros = torch.zeros_like(control)  # no control
-            v_control, v_class, v_weak = evaluate(x, t, [y, y, null], [control, zeros, zeros])
-            v = v_class + control_scale * (v_control - v_class)
-        return v_weak + scale * (v - v_weak)
+            v_full, v_class, v_weak = evaluate(x, t, [y, y, null], [control, zeros, zeros])
+            v = v_class + control_scale * (v_full - v_class)
+        v = v_weak + scale * (v - v_weak)
+        C = x.shape[1]  # there are more channels from predict_at alone
+        return torch.cat([v[:, :C], v_full[:, C:]], dim=1)
 
     return velocity
 
@@ -221,18 +264,25 @@ def choose_control(control, table, y, indices, seed):
 def choose_sampler(model, sampler=None, steps=None):
     """Returns the name of the sampler, and its times or noise levels [steps + 1].
 
-    The default is ode in 50 steps, or edm in 40 for an SDDiT. Raises UserError if the sampler does
-    not fit the model.
+    The default is ode in 50 steps; for an SDDiT edm in 40, and for a NoiseDiT ddpm in 250. Raises
+    UserError if the sampler does not fit the model, or if ddpm has not so many steps.
     """
     fitting = ["ode", "heun", "sde"]
     if isinstance(model, dit.SDDiT):
         fitting = ["edm"]
+    if isinstance(model, dit.NoiseDiT):
+        fitting = ["ddpm", *fitting]
     sampler = sampler or fitting[0]
     if sampler not in fitting:
         raise UserError(f"--sampler {sampler}: does not fit this model; use {' or '.join(fitting)}")
 
     if sampler == "edm":
         return sampler, model.time_shift * edm_sigmas(steps or 40)
+    if sampler == "ddpm":
+        steps = steps or 250
+        if not 2 <= steps <= 1000:
+            raise UserError(f"--steps {steps}: ddpm takes 2 to 1000 of DiT's 1000 timesteps")
+        return sampler, ddpm_times(steps)
     grid = sde_times if sampler == "sde" else ode_times
     times = grid(steps or 50, first=model.first_time)
     return sampler, dit.shift_time(times, model.time_shift)
@@ -256,9 +306,12 @@ def generate(model, indices, y, sampler=None, steps=None, seed=0, control=None, 
 
     if control is not None:
         control = control.to(device)
-    network = guided(model, y.to(device), control=control, **guidance)
+    call = "predict_at" if sampler == "ddpm" else "__call__"
+    network = guided(model, y.to(device), control=control, call=call, **guidance)
     if sampler == "edm":
         return edm_heun(edm_denoiser(network), noise(), times)
+    if sampler == "ddpm":
+        return ddpm(network, noise(), times, noise)
 
     # a NoiseDiT starts at t < 1, where x_t has the variance (1 - t)^2 + t^2 if that of x is 1
     start = noise() * math.hypot(1 - times[0], times[0])
@@ -380,12 +433,14 @@ def parse_args(argv=None):
         help="image i depends on the seed and i alone")
 
     add = parser.add_argument_group("sampler and guidance").add_argument
-    add("--sampler", choices=["ode", "heun", "sde", "edm"],
-        help="by default ode (Euler's method), or edm for SD-DiT")
+    add("--sampler", choices=["ode", "heun", "sde", "edm", "ddpm"],
+        help="by default ode (Euler's method), or edm for SD-DiT, or ddpm for DiT's own networks")
     add("--steps", type=number(int, 1, 10**6),
-        help="by default 50, or 40 for edm; REPA's numbers need --sampler sde with 250")
+        help="by default 50, or 40 for edm, 250 for ddpm; REPA's numbers need --sampler sde with"
+             " 250")
     add("--cfg", type=number(float, 1), default=1.0,
-        help="scale of the guidance; 1 means that there is none")
+        help="scale of the guidance of all channels; 1 means that there is none. A scale w that DiT"
+             " or SiT apply to three of four channels is about 1 + 0.75 (w - 1) here")
     add("--interval", type=number(float, 0), nargs=2, metavar=("LOW", "HIGH"),
         help="guide only at noise levels from LOW to HIGH")
     add("--control-cfg", type=number(float, 0), metavar="BETA",
