@@ -115,9 +115,9 @@ def edm_coefficients(sigma, sigma_data=0.5):
 class DDPMStep(NamedTuple):
     """A timestep k of a noise-prediction model, and the step from k to the next lower timestep l.
 
-    x_k = alpha_k x + sigma_k eps with alpha_k^2 + sigma_k^2 = 1, and alpha = 1 below the lowest one.
-    Given x and x_k, x_l is normal: its mean is c1 x + c2 x_k, its variance beta_tilde (arXiv
-    2006.11239, Eq. 7). The fields are floats, or tensors of one shape.
+    x_k = alpha_k x + sigma_k eps, with alpha_k^2 + sigma_k^2 = 1. Below the lowest k, x_l is x with
+    alpha_l = 1. Given x and x_k, x_l is normal: its mean is c1 x + c2 x_k, its variance beta_tilde
+    (arXiv 2006.11239, Eq. 7). The fields are floats, or tensors of one shape.
     """
 
     k: float
@@ -679,7 +679,7 @@ class NoiseDiT(DiT):
         self.register_buffer("log_snr", log_snr, persistent=False)
 
     def steps_at(self, k):
-        """Returns the DDPMStep of whole timesteps k [N], int64. Its fields are fp32 [N, 1, 1, 1]."""
+        """Returns the DDPMStep of timesteps k [N], int64. Its fields are fp32 [N, 1, 1, 1]."""
         return DDPMStep(*self.schedule[k].float().T[..., None, None, None])
 
     def timestep(self, t):

@@ -154,14 +154,7 @@ def edm_denoiser(network):
 
 
 def guided(
-    model,
-    y,
-    scale=1.0,
-    interval=None,
-    guide=None,
-    control=None,
-    control_scale=None,
-    call="__call__",  # or predict_at, of a NoiseDiT
+    model, y, scale=1.0, interval=None, guide=None, control=None, control_scale=None, call=None
 ):
     """Returns the function (x, t) -> v of a model for classes y [N], guided where low <= t <= high.
 
@@ -173,8 +166,8 @@ def guided(
     With a control_scale (arXiv 2411.03177), where 0 is a control of zeros, which means none:
         v = model(y, 0) + control_scale (model(y, c) - model(y, 0))
         v_weak = model(null, 0)
-    EDM's denoiser is affine in F, so guiding F guides it. For DDPM, v stands for the noise, which
-    predict_at returns; its channels for the variance are not guided, but those of model(y, c).
+    EDM's denoiser is affine in F, so guiding F guides it. For DDPM, call is "predict_at", and v the
+    noise; the channels for the variance are not guided, but those of model(y, c).
     paper: the formula of 2411.03177 was not available / here: reconstructed from its two scales.
     official code: DiT and SiT guide three of four channels (DiT#41) / here: all, as in REPA.
     official code: Heun's second evaluation is guided if the step starts inside the interval / here:
@@ -183,7 +176,7 @@ def guided(
     null = torch.full_like(y, model.num_classes)
     low, high = interval or (0, math.inf)
     unguided = scale <= 1 and control_scale is None
-    predict = getattr(model, call)
+    predict = getattr(model, call or "__call__")
 
     def evaluate(x, t, classes, controls):
         """Returns the n velocities for n lists of classes and of controls, from one batch."""
@@ -201,15 +194,15 @@ def guided(
         if unguided or not inside:
             return predict(x, t, y, control=control)
         if guide is not None:
-            v = predict(x, t, y, control=control)
-            v_full = v
-            v_weak = getattr(guide, call)(x, t, y, control=control)
+            v_full = predict(x, t, y, control=control)
+            v_weak = getattr(guide, call or "__call__")(x, t, y, control=control)
         elif control_scale is None:
-            v, v_weak = evaluate(x, t, [y, null], [control, control])
-            v_full = v
+            v_full, v_weak = evaluate(x, t, [y, null], [control, control])
         else:
             zeros = torch.zeros_like(control)  # no control
             v_full, v_class, v_weak = evaluate(x, t, [y, y, null], [control, zeros, zeros])
+        v = v_full
+        if control_scale is not None:
             v = v_class + control_scale * (v_full - v_class)
         v = v_weak + scale * (v - v_weak)
         C = x.shape[1]  # there are more channels from predict_at alone
@@ -306,7 +299,7 @@ def generate(model, indices, y, sampler=None, steps=None, seed=0, control=None, 
 
     if control is not None:
         control = control.to(device)
-    call = "predict_at" if sampler == "ddpm" else "__call__"
+    call = "predict_at" if sampler == "ddpm" else None
     network = guided(model, y.to(device), control=control, call=call, **guidance)
     if sampler == "edm":
         return edm_heun(edm_denoiser(network), noise(), times)
