@@ -19,6 +19,7 @@ import dit
 import extract_features
 import fid
 import sample
+import train_dit
 import train_diversedit
 import train_repa
 import train_sddit
@@ -195,10 +196,22 @@ cond-data             train_repa        repa_weight=0 control=cosine data=featur
                                         lr=5e-5 warmup=1000
 cond-beta2            train_repa        repa_weight=0 beta2=0.95
 
+dit-l                 train_dit         data=features/flip clip=0 precision=fp32
+dit-xl                train_dit         data=features/flip clip=0 precision=fp32
+dit-xl-7m             train_dit         data=features/flip clip=0 precision=fp32 out=runs/dit-xl keep_every=500000
+dit-repa-l            train_dit         repa_weight=0.5
+dit-repa-xl           train_dit         repa_weight=0.5
+dit-repa-xl           sample            checkpoint=runs/dit-repa-xl/0400000.pt vae=EMA
+dit-repa-xl           fid               paths=["VIRTUAL_imagenet256_labeled.npz","dit-repa-xl.npz"]
+dit-repa-xl-850k      train_dit         repa_weight=0.5 out=runs/dit-repa-xl
+dit-cfg               sample            vae=EMA
+
 official-repa         sample            sampler=sde steps=250
 official-repa-cfg     sample            sampler=sde steps=250
 official-sit          sample            sampler=sde steps=250
-official-dit          sample            sampler=sde steps=250
+official-dit          sample
+official-dit-cfg      sample
+official-dit-512      sample
 """
 SHORT = {
     "EMA": "stabilityai/sd-vae-ft-ema",
@@ -216,6 +229,7 @@ PROGRAMS = {  # with the shortest command of each, whose settings are its defaul
     "train_repa": (train_repa, ""),
     "train_diversedit": (train_diversedit, ""),
     "train_sddit": (train_sddit, ""),
+    "train_dit": (train_dit, ""),
     "sample": (sample, "C --out O.npz"),
     "fid": (fid, "A B"),
     "tests/bench": (bench, "train"),
@@ -268,6 +282,7 @@ DEFAULTS = {  # what the rows take for granted
         "tau_t": [0.09, 0.099],
         "teacher_momentum": [0.996, 0.999],
     },
+    "train_dit": {**TRAINING, "repa_weight": 0, "repa_depth": None},
     "sample": {
         "cfg": 1,
         "interval": None,

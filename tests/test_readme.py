@@ -34,7 +34,7 @@ def test_there_are_commands():
 
 def test_flags_of_the_paper_table_exist(capsys):
     """papers.md names flags without their script: each is known to one of the programs."""
-    for name in ("train_repa", "train_diversedit", "train_sddit", "sample", "extract_features"):
+    for name in ("train_repa", "train_diversedit", "train_sddit", "train_dit", "sample", "extract_features"):
         with pytest.raises(SystemExit):
             importlib.import_module(name).parse_args(["--help"])
     known = capsys.readouterr().out

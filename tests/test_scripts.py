@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, train
 
+import train_dit
 import train_diversedit
 import train_repa
 import train_sddit
@@ -115,6 +116,7 @@ def test_methods_see_the_same_run(cache, tmp_path, tiny_nano):
     assert len(repa) == 8 and [step["loss"] for step in repa] == [step["loss"] for step in diverse]
     others = [recorded(train_repa, cache, tmp_path / "c", *micro), diverse]
     others += [recorded(train_sddit, cache, tmp_path / "d", *micro)]
+    others += [recorded(train_dit, cache, tmp_path / "f", *micro)]
     for other in others:
         for ours, theirs in zip(repa, other, strict=True):
             assert all(torch.equal(ours[name], theirs[name]) for name in INPUTS)

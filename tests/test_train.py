@@ -35,12 +35,13 @@ from PIL import Image
 import dit
 import files
 import sample
+import train_dit
 import train_diversedit
 import train_repa
 import train_sddit
 from extract_features import CachedFeatures
 
-SCRIPTS = [train_repa, train_diversedit, train_sddit]
+SCRIPTS = [train_repa, train_diversedit, train_sddit, train_dit]
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 pytestmark = pytest.mark.usefixtures("tiny_nano")
 
