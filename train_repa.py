@@ -202,7 +202,7 @@ class Alignment(nn.Module):
 
     def flops(self, num_tokens):
         """Returns the FLOPs of the forward pass for one image with num_tokens tokens."""
-        weights = sum(p.numel() for p in self.projectors.parameters() if p.ndim == 2)
+        weights = sum(p.numel() for p in self.projectors.parameters() if p.ndim > 1)
         return 2 * num_tokens * weights
 
 
