@@ -11,12 +11,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 import dit
+import train_dit
 import train_diversedit
 import train_repa
 import train_sddit
 
-SCRIPTS = {script.__name__: script for script in (train_repa, train_diversedit, train_sddit)}
+SCRIPTS = {script.__name__: script for script in (train_repa, train_diversedit, train_sddit, train_dit)}
 GRAPHS = {"train_repa": 1, "train_diversedit": 1, "train_sddit": 3}  # SD-DiT: student, teacher, decoder
+GRAPHS["train_dit"] = 1
 pytestmark = pytest.mark.usefixtures("tiny_nano")
 
 

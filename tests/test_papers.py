@@ -198,7 +198,8 @@ cond-beta2            train_repa        repa_weight=0 beta2=0.95
 
 dit-l                 train_dit         data=features/flip clip=0 precision=fp32
 dit-xl                train_dit         data=features/flip clip=0 precision=fp32
-dit-xl-7m             train_dit         data=features/flip clip=0 precision=fp32 out=runs/dit-xl keep_every=500000
+dit-xl-7m             train_dit         data=features/flip clip=0 precision=fp32 out=runs/dit-xl \
+                                        keep_every=500000
 dit-repa-l            train_dit         repa_weight=0.5
 dit-repa-xl           train_dit         repa_weight=0.5
 dit-repa-xl           sample            checkpoint=runs/dit-repa-xl/0400000.pt vae=EMA
