@@ -6,8 +6,8 @@
     L_div = (L_orth + L_MI + L_disp) / 3                        of the tokens f_b of m random blocks
     L_orth = mean over pairs i < j of cos(<f_i>, <f_j>)         low: the block means point apart
     L_MI   = mean over pairs i < j of |<cos(f_i, f_j)>|         low: tokens at one place are unlike
-    L_disp = - clip(var(U / max U) / 0.25, 0, 1)                low: some channels are used far more
-    U_c    = mean over b of <|f_bc|> / ||f_bc||                 how much the blocks use channel c
+    L_disp = - clip(var(u / max u) / 0.25, 0, 1)                low: some channels are used far more
+    u_c    = mean over b of <|f_bc|> / ||f_bc||                 how much the blocks use channel c
     w(L)   = 0 if L <= 0.1; (L - 0.1) / 0.5 if L <= 0.5; else 1     --div-gate
 
     x    latent, drawn anew from the VAE's posterior            m       --div-blocks
@@ -177,7 +177,7 @@ def diversity_loss(tokens, terms=TERMS):
     Returns the mean of the `terms`, and a dict of all three: L_orth in [-1, 1], L_MI in [0, 1],
     L_disp in [-1, 0].
     paper: L_MI is a signed mean / official code, here: the absolute value of each pair's mean.
-    paper: L_disp has no |.| and no scale / official code, here: |.|, / max U, / 0.25 and the clip.
+    paper: L_disp has no |.| and no scale / official code, here: |.|, / max u, / 0.25 and the clip.
     official code: ten fixed pairs, and L_disp of all blocks / paper, here: the m blocks drawn.
     """
     with torch.autocast(tokens.device.type, enabled=False):
@@ -192,8 +192,8 @@ def diversity_loss(tokens, terms=TERMS):
         loss_mi = cosines[i, j].abs().mean()
 
         use = f.abs().mean(1) / f.norm(dim=1).clamp(min=1e-8)        # [m, D], by each block
-        use = use.mean(0)                                            # [D,], by all of them
-        variance = (use / (use.max() + 1e-8)).var(correction=0)
+        u = use.mean(0)                                              # [D,], by all of them
+        variance = (u / (u.max() + 1e-8)).var(correction=0)
         loss_disp = -(variance / 0.25).clamp(0, 1)
     values = {"orth": loss_orth, "mi": loss_mi, "disp": loss_disp}
     return torch.stack([values[term] for term in terms]).mean(), values
@@ -255,14 +255,15 @@ class Objective(nn.Module):
             self.aligned_blocks = args.repa_depth or [default]
             self.alignment = Alignment(model, self.aligned_blocks, meta)
 
-    def forward(self, x, y, u, eps, drop, chosen, targets=None, control=None):
+    def forward(self, x, y, uniform, eps, drop, chosen, targets=None, control=None):
         """Returns a dict of scalar tensors: `loss` is minimised, and all are logged.
 
-        x, eps [N, C, H, W]; y [N]; u [N], uniform in [0, 1); drop [N], true where the label is
+        x, eps [N, C, H, W]; y [N]; uniform [N], in [0, 1); drop [N], true where the label is
         dropped; chosen, the block numbers of L_div; targets [N, T, sum of E]; control [N, 7], see
         dit.ControlEmbedder.
         """
-        t = dit.training_time(u, self.time_normal, self.model.time_shift)  # by default, u itself
+        # by default, the times are the uniform numbers themselves
+        t = dit.training_time(uniform, self.time_normal, self.model.time_shift)
         t_image = t.view(-1, 1, 1, 1)
         x_t = (1 - t_image) * x + t_image * eps                      # [N, C, H, W]
         # asking for the tokens of all blocks costs no memory: the backward pass needs them anyway
@@ -379,7 +380,7 @@ def draw_noise(args, model, mine, step, device):
 
     noise = {
         "vae_noise": normal(*latent_shape),
-        "u": uniform(args.batch_size),  # from which the method makes its times
+        "uniform": uniform(args.batch_size),  # of which the method makes its times
         "eps": normal(*latent_shape),
         "drop": uniform(args.batch_size) < model.y_embedder.dropout_prob,
     }

@@ -44,7 +44,7 @@ Shapes in the right margin: N batch, M rows with r < t, C, H, W of the latents, 
 
 from copy import deepcopy
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -116,8 +116,8 @@ def parse_args(argv=None):
     add("--label-drop", type=number(float, 0, below=1), default=0.1,
         help="probability of replacing the label of an image by the null class, for guidance")
     add("--time-normal", type=number(float, -20, 20), nargs=2, metavar=("MEAN", "STD"),
-        help="mean and standard deviation of logit t in training, which is then normal (default: t"
-             " is uniform; SD-DiT: the two of ln sigma, default -1.2 1.2)")
+        help="train with logit t ~ N(MEAN, STD^2) (default: t is uniform); SD-DiT: ln sigma ~"
+             " N(MEAN, STD^2), by default -1.2 1.2")
     add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32",
         help="precision of the network (on CUDA, fp32 products use TF32); weights and optimiser are"
              " always fp32")
@@ -146,7 +146,7 @@ def parse_args(argv=None):
         help="a value above 1 shifts the training times towards noise, for a higher resolution"
              " (default: 1, or with --init the ratio of the sides)")
 
-    digits = {  # defaults that --digits replaces
+    digits = {  # --digits puts these in place of the defaults
         "data": "features/digits",
         "out": f"runs/{NAME}-digits",
         "model": "nano/2",
@@ -236,15 +236,17 @@ class Objective(nn.Module):
             )
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # of torch's own jvp
 
-    def forward(self, x, y, t, eps, drop, other_t, r_below_t, chosen=(), control=None):
+    def forward(
+        self, x, y, uniform, eps, drop, other_uniform, r_below_t, chosen=(), control=None
+    ):
         """Returns a dict of scalar tensors: `loss` is minimised, and all are logged.
 
-        x, eps [N, C, H, W]; y [N]; t, other_t [N], uniform in [0, 1); drop [N], true where the
+        x, eps [N, C, H, W]; y [N]; uniform, other_uniform [N], in [0, 1); drop [N], true where the
         label is dropped; r_below_t [N], true where r < t; chosen, the block numbers of L_div;
         control [N, 7], see dit.ControlEmbedder.
         """
-        first = dit.training_time(t, self.time_normal, self.model.time_shift)
-        second = dit.training_time(other_t, self.time_normal, self.model.time_shift)
+        first = dit.training_time(uniform, self.time_normal, self.model.time_shift)
+        second = dit.training_time(other_uniform, self.time_normal, self.model.time_shift)
         t = torch.maximum(first, second)
         r = torch.where(r_below_t, torch.minimum(first, second), t)
         t_image = t.view(-1, 1, 1, 1)
@@ -340,8 +342,8 @@ def compare_samplers(model, cache, autoencoder, path, args):
 def step_generator(seed, step, device):
     """Returns the generator that one step draws all its random numbers from.
 
-    PyTorch's generator for CPUs keeps 32 bits of a seed, so a few of 400,000 steps may repeat
-    another's noise. For training this is harmless; sample.py uses NumPy's generators instead.
+    A CPU generator keeps 32 bits of its seed, so a few of 400,000 steps may share their noise. That
+    does no harm.
     """
     stream = files.random_stream("step", seed, step)
     return torch.Generator(device).manual_seed(int(stream.integers(2**63)))
@@ -351,30 +353,30 @@ def data_order(dataset_size, views, global_batch, mine, seed, start):
     """Yields for each step, from `start` on, the indices of the images that this process trains on.
 
     mine: the slice of the global batch that is this process's. An epoch is a permutation of the
-    images, each in one of its views: view v of image i has the index i * views + v. The incomplete
+    images, each in one of its views: view v of image n has the index n * views + v. The incomplete
     batch at the end of an epoch is dropped.
     """
     steps_per_epoch = dataset_size // global_batch
     for step in count(start):
-        epoch, i = divmod(step, steps_per_epoch)
-        if i == 0 or step == start:  # a new epoch, or a resumed run
+        epoch, k = divmod(step, steps_per_epoch)
+        if k == 0 or step == start:  # a new epoch, or a resumed run
             rng = files.random_stream("epoch", seed, epoch)
-            image = rng.permutation(dataset_size)
-            view = rng.integers(views, size=dataset_size)
-            epoch_order = image * views + view
-        batch = epoch_order[i * global_batch : (i + 1) * global_batch]
+            image_order = rng.permutation(dataset_size)
+            chosen_views = rng.integers(views, size=dataset_size)
+            epoch_order = image_order * views + chosen_views
+        batch = epoch_order[k * global_batch : (k + 1) * global_batch]
         yield batch[mine]
 
 
 def draw_noise(args, model, mine, step, device):
-    """Draws the noise of the global batch of one step, and returns this process's rows of it.
+    """Draws all random numbers of one step for the global batch, and returns this process's rows.
 
-    It depends on (seed, step) alone, so a resumed run continues exactly, with any number of
+    So they depend on (seed, step) alone, and a resumed run continues exactly, with any number of
     processes. A method draws its own noise last, so that all methods share the rest.
     """
     generator = step_generator(args.seed, step, device)
     side = model.grid * model.patch_size
-    latents = (args.batch_size, model.in_channels, side, side)
+    latent_shape = (args.batch_size, model.in_channels, side, side)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator, device=device)
@@ -383,15 +385,15 @@ def draw_noise(args, model, mine, step, device):
         return torch.rand(*shape, generator=generator, device=device)
 
     noise = {
-        "vae_noise": normal(*latents),
-        "t": uniform(args.batch_size),
-        "eps": normal(*latents),
+        "vae_noise": normal(*latent_shape),
+        "uniform": uniform(args.batch_size),  # of which the method makes its times
+        "eps": normal(*latent_shape),
         "drop": uniform(args.batch_size) < model.y_embedder.dropout_prob,
     }
     if args.control != "none":
         noise["keep_control"] = uniform(args.batch_size, 1) >= args.control_drop
     # >>> meanflow
-    noise["other_t"] = uniform(args.batch_size)
+    noise["other_uniform"] = uniform(args.batch_size)
     # official code, here: a row with r < t keeps its label, so that the null class is trained at
     # r = t only / official code: the first rows of every batch have r = t / here: random ones have
     kept = 1 - model.y_embedder.dropout_prob
@@ -403,7 +405,7 @@ def draw_noise(args, model, mine, step, device):
 
 @torch.no_grad()
 def update_ema(ema, model, decay):
-    """Sets ema to decay ema + (1 - decay) model, for all parameters in one call."""
+    """ema <- decay ema + (1 - decay) model, in one call: this is faster than a loop."""
     torch._foreach_lerp_([*ema.parameters()], [*model.parameters()], 1 - decay)
 
 
@@ -448,7 +450,7 @@ def prepare(args, world):
     elif args.init:
         init, inherited = files.read_init(args.init, config)
         config |= inherited
-    # these flags win over --init; of a resumed run, read_run has checked that they are the same
+    # these flags win over what --init hands on; a resumed run cannot change them, see read_run
     if args.pos_base is not None:
         config["pos_base"] = args.pos_base
     if args.time_shift is not None:
@@ -488,8 +490,8 @@ def train(args):
     if checkpoint:
         step = checkpoint["step"]
         files.restore(checkpoint, objective, ema, optimizer)
-    del checkpoint, init  # they are mapped files, which this closes
-    files.require_same_step(step)
+    del checkpoint, init  # both are memory-mapped files, and this closes them
+    files.require_same_step(step)  # processes disagree if the nodes have no common disk
     if args.compile:
         files.compile_blocks(objective)
     if rank == 0:
@@ -513,13 +515,11 @@ def train(args):
     log = files.TrainingLog(args, step, rank, world, objective.flops(config))
     save = partial(files.save_run, args, config, cache, objective, ema, optimizer, __file__)
     batches = files.until_stopped(cache.loader(order, args.workers, device), log)
-    saved = True  # whether the newest checkpoint is up to date
+    saved = True  # there is no step yet that the newest checkpoint lacks
 
-    while step < args.steps:
-        # 1. data and noise
-        batch = next(batches, None)
-        if batch is None:  # a process got a signal, or its data failed
-            break
+    # the loop ends early after a signal or if the data fails; log.finish says so
+    for batch in islice(batches, max(args.steps - step, 0)):
+        # 1. data and noise: the arguments of Objective.forward
         batch |= draw_noise(args, model, mine, step, device)
         batch["x"] = cache.latents(batch.pop("moments"), batch.pop("vae_noise"))
         if args.control != "none":
@@ -531,10 +531,10 @@ def train(args):
             part = {name: value[start : start + micro_batch] for name, value in batch.items()}
             # >>> meanflow
             if args.diverse:
-                blocks = len(model.blocks)
-                part["chosen"] = choose_blocks(args.seed, step, blocks, objective.num_chosen)
+                depth = len(model.blocks)
+                part["chosen"] = choose_blocks(args.seed, step, depth, objective.num_chosen)
             # <<< meanflow
-            # DDP averages gradients only in the last micro-batch; a single process ignores this
+            # DDP averages the gradients once, in the last micro-batch; one process ignores this
             last = start + micro_batch == local_batch
             ddp_objective.require_backward_grad_sync = last
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -544,12 +544,12 @@ def train(args):
             step_losses = step_losses + values / accumulation
 
         # 3. optimiser step
-        warmup = min((step + 1) / max(args.warmup, 1), 1)
+        lr = args.lr * min((step + 1) / max(args.warmup, 1), 1)
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * warmup
+            group["lr"] = lr
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.clip or np.inf)
-        # fused AdamW skips the step where found_inf is 1, as GradScaler asks it to: unlike an `if`,
-        # this does not make the host wait for the GPU
+        # fused AdamW skips the step if found_inf is 1 (a flag that GradScaler sets, too); unlike an
+        # `if`, this does not make the CPU wait for the GPU
         optimizer.found_inf = (~grad_norm.isfinite()).float()
         optimizer.step()
         optimizer.zero_grad()
@@ -560,7 +560,7 @@ def train(args):
         log.add(losses.keys(), step_losses, grad_norm)
         log_now, save_now, preview_now = files.due(args, step)
         if log_now:
-            row = log.row(step, args.lr * warmup)
+            row = log.row(step, lr)
             # >>> meanflow
             if preview_now and rank == 0 and args.diverse:
                 row |= report_cka(ema, cache, out / f"cka-{step:07d}.npz", device)
@@ -592,5 +592,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    files.catch_signals()
+    files.catch_signals()  # a signal ends the run after its step, with a checkpoint
     main()

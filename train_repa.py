@@ -225,13 +225,14 @@ class Objective(nn.Module):
             self.aligned_blocks = args.repa_depth or [default]
             self.alignment = Alignment(model, self.aligned_blocks, meta)
 
-    def forward(self, x, y, u, eps, drop, targets=None, control=None):
+    def forward(self, x, y, uniform, eps, drop, targets=None, control=None):
         """Returns a dict of scalar tensors: `loss` is minimised, and all are logged.
 
-        x, eps [N, C, H, W]; y [N]; u [N], uniform in [0, 1); drop [N], true where the label is
+        x, eps [N, C, H, W]; y [N]; uniform [N], in [0, 1); drop [N], true where the label is
         dropped; targets [N, T, sum of E]; control [N, 7], see dit.ControlEmbedder.
         """
-        t = dit.training_time(u, self.time_normal, self.model.time_shift)  # by default, u itself
+        # by default, the times are the uniform numbers themselves
+        t = dit.training_time(uniform, self.time_normal, self.model.time_shift)
         t_image = t.view(-1, 1, 1, 1)
         x_t = (1 - t_image) * x + t_image * eps                      # [N, C, H, W]
         v, block_tokens = self.model(
@@ -362,7 +363,7 @@ def draw_noise(args, model, mine, step, device):
 
     noise = {
         "vae_noise": normal(*latent_shape),
-        "u": uniform(args.batch_size),  # from which the method makes its times
+        "uniform": uniform(args.batch_size),  # of which the method makes its times
         "eps": normal(*latent_shape),
         "drop": uniform(args.batch_size) < model.y_embedder.dropout_prob,
     }

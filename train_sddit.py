@@ -185,9 +185,9 @@ def teacher_noise(text):
     return text if text == "student" else number(float, above=0, high=1e4)(text)
 
 
-def sigma_from_uniform(u, mean=-1.2, std=1.2):
-    """Turns uniform u in [0, 1) into noise levels sigma with ln sigma ~ N(mean, std^2)."""
-    return dit.normal_from_uniform(u, mean, std).exp()
+def sigma_from_uniform(uniform, mean=-1.2, std=1.2):
+    """Turns uniform numbers in [0, 1) into noise levels sigma with ln sigma ~ N(mean, std^2)."""
+    return dit.normal_from_uniform(uniform, mean, std).exp()
 
 
 def generative_loss(output, x, eps, sigma, sigma_data=0.5):
@@ -291,14 +291,14 @@ class Objective(nn.Module):
         """Uniform noise [N, T] -> indices of a random subset of each image's patches: [N, V]."""
         return mask_noise.argsort(dim=1)[:, : self.num_visible]
 
-    def forward(self, x, y, u, eps, drop, mask_noise, teacher_u, step, control=None):
+    def forward(self, x, y, uniform, eps, drop, mask_noise, teacher_uniform, step, control=None):
         """Returns a dict of scalar tensors: `loss` is minimised, and all are logged.
 
-        x, eps [N, C, H, W]; y [N]; u, teacher_u [N], uniform in [0, 1); drop [N], true where the
-        label is dropped; mask_noise [N, T]; control [N, 7], see dit.ControlEmbedder.
+        x, eps [N, C, H, W]; y [N]; uniform, teacher_uniform [N], in [0, 1); drop [N], true where
+        the label is dropped; mask_noise [N, T]; control [N, 7], see dit.ControlEmbedder.
         """
         shift = self.model.time_shift  # 1 without --time-shift
-        sigma = shift * sigma_from_uniform(u, *self.time_normal)     # [N,]
+        sigma = shift * sigma_from_uniform(uniform, *self.time_normal)  # [N,]
         x_student = x + sigma.view(-1, 1, 1, 1) * eps
         visible = self.choose_visible(mask_noise)                    # [N, V]
         output, student_tokens = self.model(
@@ -310,9 +310,9 @@ class Objective(nn.Module):
 
         if self.teacher_noise == "student":
             # paper: drawn from the student's distribution / here: sigma is drawn anew, eps is not
-            sigma_teacher = shift * sigma_from_uniform(teacher_u, *self.time_normal)
+            sigma_teacher = shift * sigma_from_uniform(teacher_uniform, *self.time_normal)
         else:
-            sigma_teacher = torch.full_like(u, shift * self.teacher_noise)
+            sigma_teacher = torch.full_like(uniform, shift * self.teacher_noise)
         x_teacher = x + sigma_teacher.view(-1, 1, 1, 1) * eps
         with torch.no_grad():
             teacher_tokens, _, _ = self.teacher.encode(
@@ -478,7 +478,7 @@ def draw_noise(args, model, mine, step, device):
 
     noise = {
         "vae_noise": normal(*latent_shape),
-        "u": uniform(args.batch_size),  # from which the method makes its times
+        "uniform": uniform(args.batch_size),  # of which the method makes its times
         "eps": normal(*latent_shape),
         "drop": uniform(args.batch_size) < model.y_embedder.dropout_prob,
     }
@@ -486,7 +486,7 @@ def draw_noise(args, model, mine, step, device):
         noise["keep_control"] = uniform(args.batch_size, 1) >= args.control_drop
     # >>> sddit
     noise["mask_noise"] = uniform(args.batch_size, model.grid**2)
-    noise["teacher_u"] = uniform(args.batch_size)
+    noise["teacher_uniform"] = uniform(args.batch_size)
     # <<< sddit
     return {name: value[mine] for name, value in noise.items()}
 

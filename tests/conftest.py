@@ -21,7 +21,7 @@ import dit  # noqa: E402
 import extract_features  # noqa: E402
 import train_repa  # noqa: E402
 
-METHODS = ("repa", "diversedit", "sddit", "meanflow")
+METHODS = ("repa", "diversedit", "sddit", "meanflow", "dit")
 SCRIPTS = {name: importlib.import_module(f"train_{name}") for name in METHODS}
 SMALL = "--model nano/2 --steps 6 --batch-size 16 --lr 1e-3 --ema 0.9 --workers 0".split()
 SMALL += "--log-every 1 --save-every 3 --sample-every 0".split()

@@ -38,14 +38,15 @@ def inputs(n=8, below=5):
     torch.manual_seed(0)
     number = torch.arange(n)
     batch = {"x": torch.randn(n, 3, 8, 8), "eps": torch.randn(n, 3, 8, 8), "y": number % 3}
-    batch |= {"t": torch.rand(n), "other_t": torch.rand(n), "drop": number < 1}
+    batch |= {"uniform": torch.rand(n), "other_uniform": torch.rand(n), "drop": number < 1}
     return batch | {"r_below_t": number >= below}
 
 
 def times(given):
     """t and r of a batch: larger and smaller of two logit-normal draws, and r = t where that is asked for."""
     t, r = [], []
-    for pair in zip(given["t"].tolist(), given["other_t"].tolist(), given["r_below_t"].tolist(), strict=True):
+    names = ("uniform", "other_uniform", "r_below_t")
+    for pair in zip(*(given[name].tolist() for name in names), strict=True):
         logits = [-0.4 + statistics.NormalDist().inv_cdf(u) for u in pair[:2]]
         two = [1 / (1 + math.exp(-x)) for x in logits]
         t.append(max(two))
@@ -295,8 +296,8 @@ def test_flow_matching_is_a_special_case(cache):
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
     given = inputs(below=8)
-    given["other_t"] = given["t"]
-    flow = {name: given[name] for name in ("x", "y", "t", "eps", "drop")}
+    given["other_uniform"] = given["uniform"]
+    flow = {name: given[name] for name in ("x", "y", "uniform", "eps", "drop")}
     expected, losses = plain(**flow), ours(**given)
     assert losses["loss"].item() == pytest.approx(192 * expected["loss"].item(), rel=1e-5)
     assert losses["loss_fm"].item() == pytest.approx(expected["loss_fm"].item(), rel=1e-5)

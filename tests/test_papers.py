@@ -233,11 +233,23 @@ mf-div-b              train_meanflow    omega=1 kappa=0.5 guide_interval=[0,1] d
 mf-div-l              train_meanflow    omega=1 kappa=0.5 guide_interval=[0,1] diverse=true
 mf-div-xl             train_meanflow    omega=1 kappa=0.5 guide_interval=[0,1] diverse=true
 mf-div-xl-240         train_meanflow    diverse=true
+dit-l                 train_dit         data=features/flip clip=0 precision=fp32
+dit-xl                train_dit         data=features/flip clip=0 precision=fp32
+dit-xl-7m             train_dit         data=features/flip clip=0 precision=fp32 out=runs/dit-xl \
+                                        keep_every=500000
+dit-repa-l            train_dit         repa_weight=0.5
+dit-repa-xl           train_dit         repa_weight=0.5
+dit-repa-xl           sample            checkpoint=runs/dit-repa-xl/0400000.pt vae=EMA
+dit-repa-xl           fid               paths=["VIRTUAL_imagenet256_labeled.npz","dit-repa-xl.npz"]
+dit-repa-xl-850k      train_dit         repa_weight=0.5 out=runs/dit-repa-xl
+dit-cfg               sample            vae=EMA
 
 official-repa         sample            sampler=sde steps=250
 official-repa-cfg     sample            sampler=sde steps=250
 official-sit          sample            sampler=sde steps=250
-official-dit          sample            sampler=sde steps=250
+official-dit          sample
+official-dit-cfg      sample
+official-dit-512      sample
 """
 SHORT = {
     "EMA": "stabilityai/sd-vae-ft-ema",
@@ -320,6 +332,7 @@ DEFAULTS = {  # what the rows take for granted
         "tangent": "data",
         "diverse": False,
     },
+    "train_dit": {**TRAINING, "repa_weight": 0, "repa_depth": None},
     "sample": {
         "cfg": 1,
         "interval": None,

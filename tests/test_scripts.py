@@ -93,7 +93,7 @@ def test_imports_run_one_way():
         assert imported & ours <= expected, path.name
 
 
-INPUTS = ("x", "y", "u", "eps", "drop")
+INPUTS = ("x", "y", "uniform", "eps", "drop")
 
 
 def recorded(script, cache, out, *options):

@@ -27,10 +27,10 @@ def batch(n=4):
         x=torch.randn(n, 3, 8, 8),
         eps=torch.randn(n, 3, 8, 8),
         y=torch.arange(n) % 3,
-        u=torch.rand(n),
+        uniform=torch.rand(n),
         drop=torch.arange(n) == 1,
         mask_noise=torch.rand(n, 16),
-        teacher_u=torch.rand(n),
+        teacher_uniform=torch.rand(n),
         step=0,
     )
 
@@ -175,7 +175,7 @@ def test_step_zero(cache):
     """F = 0, so L_G is the mean square of F*; the encoder returns its input tokens."""
     objective, inputs = objective_for(train_sddit, cache), batch()
     losses = objective(**inputs)
-    sigma = train_sddit.sigma_from_uniform(inputs["u"]).view(-1, 1, 1, 1)
+    sigma = train_sddit.sigma_from_uniform(inputs["uniform"]).view(-1, 1, 1, 1)
     target = (2 * sigma * inputs["x"] - 0.5 * inputs["eps"]) / (sigma**2 + 0.25).sqrt()
     assert losses["loss_edm"].item() == pytest.approx((target**2).mean().item(), rel=1e-5)
     expected = losses["loss_edm"] + losses["loss_cls"] + losses["loss_patch"]
@@ -193,7 +193,7 @@ def test_the_whole_objective_without_chunks(cache):
     randomize(objective.teacher.requires_grad_(True), 0.2).requires_grad_(False)
     losses = objective(**inputs)
     visible = objective.choose_visible(inputs["mask_noise"])
-    sigma = train_sddit.sigma_from_uniform(inputs["u"])
+    sigma = train_sddit.sigma_from_uniform(inputs["uniform"])
     x_s = inputs["x"] + sigma.view(-1, 1, 1, 1) * inputs["eps"]
     given = dict(drop=inputs["drop"], visible=visible, return_tokens=True)
     _, tokens = objective.model(x_s, sigma, inputs["y"], **given)
@@ -424,7 +424,7 @@ def test_noise_levels_are_shifted(cache, monkeypatch):
     objective.model.time_shift = 2.0
     objective(**inputs)
     student, teacher, student_2, teacher_2 = seen
-    torch.testing.assert_close(student, train_sddit.sigma_from_uniform(inputs["u"]))
+    torch.testing.assert_close(student, train_sddit.sigma_from_uniform(inputs["uniform"]))
     assert torch.equal(student_2, 2 * student) and torch.equal(teacher_2, 2 * teacher)
     assert teacher.tolist() == pytest.approx(len(teacher) * [0.002])
 

@@ -52,6 +52,8 @@ ROWS = {
     "div-residuals": ("DiverseDiT, residuals alone", "plain", "train_diversedit.py --digits --div-terms"),
     "diversedit": ("DiverseDiT", "plain", "train_diversedit.py --digits"),
     "diversedit-repa": ("DiverseDiT + REPA", "repa", "train_diversedit.py --digits --repa-weight 2"),
+    "dit": ("DiT", None, "train_dit.py --digits"),
+    "dit-repa": ("DiT + REPA", "dit", "train_dit.py --digits --repa-weight 2"),
     "edm": ("plain EDM", None, "train_sddit.py --digits --sd-weight 0 --mask-ratio 0"),
     "edm-mask": ("EDM, masked student", "edm", "train_sddit.py --digits --sd-weight 0"),
     "sddit": ("SD-DiT", "edm-mask", "train_sddit.py --digits"),
@@ -102,7 +104,7 @@ def evaluate(folder, mean_velocity=False):
         drawn = np.load(path)
         right = nearest_class(drawn["arr_0"], real["arr_0"], real["arr_1"]) == drawn["arr_1"]
         row = next(row for row in log if row["step"] == step)
-        loss = row["loss_fm"] if "loss_fm" in row else row["loss_edm"]
+        loss = next(row[name] for name in ("loss_fm", "loss_edm", "loss_noise") if name in row)
         seconds = 64 / max(row["img_per_s"] for row in log)  # the fastest 50 steps
         row = dict(step=step, accuracy=right.mean(), fd=metrics["fid"], precision=metrics["precision"])
         rows.append(row | dict(recall=metrics["recall"], loss=loss, seconds_per_step=seconds))
