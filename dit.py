@@ -80,6 +80,23 @@ def shift_time(t, s):
     return s * t / (1 + (s - 1) * t)
 
 
+def normal_from_uniform(u, mean, std):
+    """Turns uniform numbers u in [0, 1) into normal ones, by the inverse distribution function."""
+    return mean + std * torch.special.ndtri(u.clamp(1e-7, 1 - 1e-7))
+
+
+def training_time(u, time_normal=None, time_shift=1.0):
+    """Turns uniform numbers u in [0, 1) into the times t at which a flow-matching model trains.
+
+    t is u itself, or, with time_normal = (mean, std), logit t ~ N(mean, std^2) (SD3, arXiv
+    2403.03206). Both are then shifted, see shift_time.
+    """
+    t = u
+    if time_normal is not None:
+        t = torch.sigmoid(normal_from_uniform(u, *time_normal))
+    return shift_time(t, time_shift)
+
+
 def edm_coefficients(sigma, sigma_data=0.5):
     """Returns EDM's c_skip, c_out, c_in, c_noise (arXiv 2206.00364), each of the shape of sigma.
 

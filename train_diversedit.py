@@ -13,7 +13,7 @@
     x    latent, drawn anew from the VAE's posterior            m       --div-blocks
     eps  noise                                                  lambda  --repa-weight, 0 by default
     v    `model`, a DiverseDiT from dit.py                      L_repa  see train_repa.py
-    y    class label, dropped with probability 0.1              < >     mean over images and tokens
+    y    class label, sometimes dropped (--label-drop)      < >     mean over images and tokens
     The norm || ||_2 is over images and tokens, too. L_MI stands in for the mutual information.
 
 Commands
@@ -104,6 +104,11 @@ def parse_args(argv=None):
         help="largest norm of the gradient; 0 switches clipping off")
     add("--ema", type=number(float, 0, below=1), default=0.9999,
         help="decay of the averaged weights, per step")
+    add("--label-drop", type=number(float, 0, below=1), default=0.1,
+        help="probability of replacing the label of an image by the null class, for guidance")
+    add("--time-normal", type=number(float, -20, 20), nargs=2, metavar=("MEAN", "STD"),
+        help="mean and standard deviation of logit t in training, which is then normal (default: t"
+             " is uniform; SD-DiT: the two of ln sigma, default -1.2 1.2)")
     add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32",
         help="precision of the network (on CUDA, fp32 products use TF32); weights and optimiser are"
              " always fp32")
@@ -155,9 +160,9 @@ def parse_args(argv=None):
         help="train a plain DiT with L_div")
     add("--repa-weight", type=number(float, 0), default=0.0,
         help="lambda of REPA; 0 reads no targets")
-    add("--repa-depth", type=number(int, 1),
-        help="block that REPA aligns, counted from 1 (default: 8 for L and XL, 5 for S and B, 2 for"
-             " nano)")
+    add("--repa-depth", type=number(int, 1), nargs="+", metavar="BLOCK",
+        help="block that REPA aligns, counted from 1, or several (default: 8 for L and XL, 5 for S"
+             " and B, 2 for nano)")
     # <<< diversedit
     if parser.parse_known_args(argv)[0].digits:  # a first pass, to see this one flag
         parser.set_defaults(**digits)
@@ -240,13 +245,14 @@ class Objective(nn.Module):
             raise UserError(f"--div-gate {low} {high}: the first number must be the smaller one")
         if self.terms == ["disp"] and low >= 0:
             raise UserError("--div-terms disp: never opens this gate; add --div-gate -2 -1")
+        self.time_normal = args.time_normal
         self.repa_weight = args.repa_weight
         self.alignment = None
         if self.repa_weight > 0:
             size = args.model.split("/")[0]
             default = {"nano": 2, "S": 5, "B": 5, "L": 8, "XL": 8}[size]  # REPA itself: 4 for S, B
-            self.repa_depth = args.repa_depth or default
-            self.alignment = Alignment(model, self.repa_depth, meta)
+            self.aligned_blocks = args.repa_depth or [default]
+            self.alignment = Alignment(model, self.aligned_blocks, meta)
 
     def forward(self, x, y, t, eps, drop, chosen, targets=None, control=None):
         """Returns a dict of scalar tensors: `loss` is minimised, and all are logged.
@@ -255,8 +261,7 @@ class Objective(nn.Module):
         dropped; chosen, the block numbers of L_div; targets [N, T, sum of E]; control [N, 7], see
         dit.ControlEmbedder.
         """
-        # for another distribution of times, change this line; without --time-shift it does nothing
-        t = dit.shift_time(t, self.model.time_shift)
+        t = dit.training_time(t, self.time_normal, self.model.time_shift)  # by default, t itself
         t_image = t.view(-1, 1, 1, 1)
         x_t = (1 - t_image) * x + t_image * eps                      # [N, C, H, W]
         # asking for the tokens of all blocks costs no memory: the backward pass needs them anyway
@@ -277,7 +282,8 @@ class Objective(nn.Module):
             losses["div_weight"] = w
             losses["div_closed"] = (w == 0).float()  # logged as the share of steps with w = 0
         if self.alignment is not None:
-            losses["loss_repa"] = self.alignment(tokens[self.repa_depth - 1], targets)
+            aligned = [tokens[b - 1] for b in self.aligned_blocks]
+            losses["loss_repa"] = self.alignment(aligned, targets)
             loss = loss + self.repa_weight * losses["loss_repa"]
         rms = [block.detach().norm() / block.numel() ** 0.5 for block in tokens]
         losses["block_rms"] = torch.stack(rms).max()  # grows if the residual stream does
@@ -407,12 +413,15 @@ def prepare(args, world):
         raise UserError(
             f"--batch-size {args.batch_size}: {args.data} has {len(cache.labels)} images"
         )
+    if args.time_normal and args.time_normal[1] <= 0:
+        raise UserError("--time-normal: the second number, STD, must be above 0")
 
     sizes = dit.parse_model(args.model)
     config = {
         **arch,
         **sizes,
         **cache.model_options(sizes["patch_size"]),
+        "class_dropout_prob": args.label_drop,
         "qk_norm": args.qk_norm,
         "class_tokens": args.class_tokens,
         "control": args.control,

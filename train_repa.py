@@ -8,7 +8,7 @@
     x    latent, drawn anew from the VAE's posterior        z       `targets`, of the clean image
     eps  noise                                              h       `projectors`, an MLP per encoder
     v    `model`, a DiT from dit.py                         d       --repa-depth, counted from 1
-    y    class label, dropped with probability 0.1          lambda  --repa-weight (0: a plain SiT)
+    y    class label, sometimes dropped (--label-drop)      lambda  --repa-weight (0: a plain SiT)
 
 Commands
     python train_repa.py --digits                           two minutes on a laptop
@@ -83,6 +83,11 @@ def parse_args(argv=None):
         help="largest norm of the gradient; 0 switches clipping off")
     add("--ema", type=number(float, 0, below=1), default=0.9999,
         help="decay of the averaged weights, per step")
+    add("--label-drop", type=number(float, 0, below=1), default=0.1,
+        help="probability of replacing the label of an image by the null class, for guidance")
+    add("--time-normal", type=number(float, -20, 20), nargs=2, metavar=("MEAN", "STD"),
+        help="mean and standard deviation of logit t in training, which is then normal (default: t"
+             " is uniform; SD-DiT: the two of ln sigma, default -1.2 1.2)")
     add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32",
         help="precision of the network (on CUDA, fp32 products use TF32); weights and optimiser are"
              " always fp32")
@@ -126,9 +131,9 @@ def parse_args(argv=None):
     add = parser.add_argument_group("repa").add_argument
     add("--repa-weight", type=number(float, 0), default=0.5,
         help="lambda; 0 trains the plain SiT and reads no targets")
-    add("--repa-depth", type=number(int, 1),
-        help="block whose tokens are aligned, counted from 1 (default: 8 for L and XL, 2 for nano,"
-             " and 4 for S and B, as the authors say in issue 5 of REPA's repository)")
+    add("--repa-depth", type=number(int, 1), nargs="+", metavar="BLOCK",
+        help="block whose tokens are aligned, counted from 1, or several (default: 8 for L and XL,"
+             " 2 for nano, and 4 for S and B, as the authors say in issue 5 of REPA's repository)")
     digits["repa_weight"] = 2.0  # with HOG targets, the weight 0.5 has almost no effect
     # <<< repa
     if parser.parse_known_args(argv)[0].digits:  # a first pass, to see this one flag
@@ -140,7 +145,8 @@ def parse_args(argv=None):
 def repa_loss(projected, targets):
     """L_repa = - mean cos(h(tokens), z) (arXiv 2410.06940), an fp32 scalar from -1 to 1.
 
-    projected: the h(tokens), a list of [N, T, E] with one entry per encoder; targets: z, likewise.
+    projected: the h(tokens), a list of [N, T, E] with one entry per block and encoder; targets: the
+    z that belong to them.
     """
     cosines = []
     for h_tokens, z in zip(projected, targets, strict=True):
@@ -165,31 +171,38 @@ def projector(width, target_width, hidden):
 
 
 class Alignment(nn.Module):
-    """Holds the projectors h and computes L_repa for the tokens of block `depth`.
+    """Holds the projectors h and computes L_repa for the tokens of the blocks `depths`.
 
-    meta: meta.json of the cache, which knows the width of each encoder. Raises UserError if the
-    model has no such block.
+    Every block has a projector of its own for every encoder. meta: meta.json of the cache, which
+    knows the width of each encoder. Raises UserError if the model has no such block.
     """
 
-    def __init__(self, model, depth, meta):
+    def __init__(self, model, depths, meta):
         super().__init__()
-        if depth > len(model.blocks):
-            raise UserError(f"--repa-depth {depth}: the model has blocks 1 to {len(model.blocks)}")
+        if max(depths) > len(model.blocks):
+            raise UserError(f"--repa-depth {max(depths)}: the model has {len(model.blocks)} blocks")
         hidden = 2048
         if model.hidden_size < 384:  # nano, which is no size of the paper
             hidden = 4 * model.hidden_size
         self.target_widths = meta["target_widths"]
         self.projectors = nn.ModuleList()
-        for target_width in self.target_widths:
-            self.projectors.append(projector(model.hidden_size, target_width, hidden))
+        for _ in depths:
+            for target_width in self.target_widths:
+                self.projectors.append(projector(model.hidden_size, target_width, hidden))
 
-    def forward(self, tokens, targets):                              # [N, T, D], [N, T, sum of E]
-        projected = [h(tokens) for h in self.projectors]             # [N, T, E] each
-        return repa_loss(projected, targets.split(self.target_widths, dim=-1))
+    def forward(self, block_tokens, targets):
+        """Returns L_repa. block_tokens: [N, T, D] of each block; targets [N, T, sum of E]."""
+        encoders = len(self.target_widths)
+        projected = []
+        for i, h in enumerate(self.projectors):
+            tokens = block_tokens[i // encoders]                     # [N, T, D]
+            projected.append(h(tokens))                              # [N, T, E]
+        z = targets.split(self.target_widths, dim=-1)
+        return repa_loss(projected, z * len(block_tokens))
 
     def flops(self, num_tokens):
         """Returns the FLOPs of the forward pass for one image with num_tokens tokens."""
-        weights = sum(p.numel() for p in self.projectors.parameters() if p.ndim == 2)
+        weights = sum(p.numel() for p in self.projectors.parameters() if p.ndim > 1)
         return 2 * num_tokens * weights
 
 
@@ -200,14 +213,14 @@ class Objective(nn.Module):
         super().__init__()
         size = args.model.split("/")[0]
         self.model = model
+        self.time_normal = args.time_normal
         self.repa_weight = args.repa_weight
         self.alignment = None
         self.aligned_blocks = []
         if self.repa_weight > 0:
             default = {"nano": 2, "S": 4, "B": 4, "L": 8, "XL": 8}[size]
-            depth = args.repa_depth or default
-            self.alignment = Alignment(model, depth, meta)
-            self.aligned_blocks = [depth]
+            self.aligned_blocks = args.repa_depth or [default]
+            self.alignment = Alignment(model, self.aligned_blocks, meta)
 
     def forward(self, x, y, t, eps, drop, targets=None, control=None):
         """Returns a dict of scalar tensors: `loss` is minimised, and all are logged.
@@ -215,8 +228,7 @@ class Objective(nn.Module):
         x, eps [N, C, H, W]; y [N]; t [N], uniform in [0, 1); drop [N], true where the label is
         dropped; targets [N, T, sum of E]; control [N, 7], see dit.ControlEmbedder.
         """
-        # for another distribution of times, change this line; without --time-shift it does nothing
-        t = dit.shift_time(t, self.model.time_shift)
+        t = dit.training_time(t, self.time_normal, self.model.time_shift)  # by default, t itself
         t_image = t.view(-1, 1, 1, 1)
         x_t = (1 - t_image) * x + t_image * eps                      # [N, C, H, W]
         v, block_tokens = self.model(
@@ -225,7 +237,7 @@ class Objective(nn.Module):
         loss_fm = F.mse_loss(v.float(), eps - x)
         if self.alignment is None:
             return {"loss": loss_fm, "loss_fm": loss_fm}
-        loss_repa = self.alignment(block_tokens[0], targets)
+        loss_repa = self.alignment(block_tokens, targets)
         loss = loss_fm + self.repa_weight * loss_repa
         return {"loss": loss, "loss_fm": loss_fm, "loss_repa": loss_repa}
 
@@ -258,8 +270,7 @@ def cknna(f, g, k=NEIGHBOURS):
     # both kernels are zero outside the neighbours, so their product keeps the common neighbours
     kernel_f = local_kernel(f)
     kernel_g = local_kernel(g)
-    norm = (kernel_f.square().sum() * kernel_g.square().sum()).sqrt()
-    return ((kernel_f * kernel_g).sum() / norm).item()
+    return ((kernel_f * kernel_g).sum() / (kernel_f.norm() * kernel_g.norm())).item()
 
 
 @torch.no_grad()
@@ -380,12 +391,15 @@ def prepare(args, world):
         raise UserError(
             f"--batch-size {args.batch_size}: {args.data} has {len(cache.labels)} images"
         )
+    if args.time_normal and args.time_normal[1] <= 0:
+        raise UserError("--time-normal: the second number, STD, must be above 0")
 
     sizes = dit.parse_model(args.model)
     config = {
         **arch,
         **sizes,
         **cache.model_options(sizes["patch_size"]),
+        "class_dropout_prob": args.label_drop,
         "qk_norm": args.qk_norm,
         "class_tokens": args.class_tokens,
         "control": args.control,

@@ -13,7 +13,7 @@
 
     x    latent, drawn anew from the VAE's posterior    c      centers; mean over all processes
     eps  noise, the same in both views                  m      0.996 -> 0.999, half a cosine
-    y    label, dropped with probability 0.1            tau_t  0.09 -> 0.099 in five epochs
+    y    label, sometimes dropped (--label-drop)        tau_t  0.09 -> 0.099 in five epochs
     F_theta  `model`, an SDDiT from dit.py, which scales its input with EDM's c_in and c_noise
     s    0.5, EDM's sigma_data                          weight --sd-weight (0: no teacher)
     L_G is EDM's loss: lambda(sigma) |D - x|^2 = lambda c_out^2 |F_theta - F*|^2, and its weight
@@ -100,6 +100,11 @@ def parse_args(argv=None):
         help="largest norm of the gradient; 0 switches clipping off")
     add("--ema", type=number(float, 0, below=1), default=0.9999,
         help="decay of the averaged weights, per step")
+    add("--label-drop", type=number(float, 0, below=1), default=0.1,
+        help="probability of replacing the label of an image by the null class, for guidance")
+    add("--time-normal", type=number(float, -20, 20), nargs=2, metavar=("MEAN", "STD"),
+        help="mean and standard deviation of logit t in training, which is then normal (default: t"
+             " is uniform; SD-DiT: the two of ln sigma, default -1.2 1.2)")
     add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32",
         help="precision of the network (on CUDA, fp32 products use TF32); weights and optimiser are"
              " always fp32")
@@ -159,7 +164,7 @@ def parse_args(argv=None):
     add("--teacher-momentum", type=number(float, 0, 1), nargs=2, default=[0.996, 0.999],
         help="momentum m of the teacher, at the first and at the last step; a resumed run keeps the"
              " last step of its first start")
-    parser.set_defaults(steps=2_400_000, precision="fp32")
+    parser.set_defaults(steps=2_400_000, precision="fp32", time_normal=[-1.2, 1.2])
     digits["teacher_momentum"] = [0.9, 0.99]  # a short run needs a faster teacher
     digits["tau_t"] = [0.06, 0.06]
     # <<< sddit
@@ -179,13 +184,9 @@ def teacher_noise(text):
     return text if text == "student" else number(float, above=0, high=1e4)(text)
 
 
-def sigma_from_uniform(t):
-    """Turns uniform t in [0, 1) into sigma with ln sigma ~ N(-1.2, 1.2^2).
-
-    The shared loop draws a uniform t for every method; here the inverse of the normal distribution
-    function is applied to it.
-    """
-    return torch.exp(1.2 * torch.special.ndtri(t.clamp(1e-7, 1 - 1e-7)) - 1.2)
+def sigma_from_uniform(t, mean=-1.2, std=1.2):
+    """Turns the shared loop's uniform t in [0, 1) into sigma with ln sigma ~ N(mean, std^2)."""
+    return dit.normal_from_uniform(t, mean, std).exp()
 
 
 def generative_loss(output, x, eps, sigma, sigma_data=0.5):
@@ -258,6 +259,7 @@ class Objective(nn.Module):
             found = f"keeps none of {model.grid**2} patches"
             raise UserError(f"--mask-ratio {args.mask_ratio}: {found}")
         self.model = model
+        self.time_normal = args.time_normal
         self.weight = args.sd_weight
         self.tau_s = args.tau_s
         self.tau_range = args.tau_t
@@ -295,7 +297,7 @@ class Objective(nn.Module):
         label is dropped; mask_noise [N, T]; control [N, 7], see dit.ControlEmbedder.
         """
         shift = self.model.time_shift  # 1 without --time-shift
-        sigma = shift * sigma_from_uniform(t)                        # [N,]
+        sigma = shift * sigma_from_uniform(t, *self.time_normal)     # [N,]
         x_student = x + sigma.view(-1, 1, 1, 1) * eps
         visible = self.choose_visible(mask_noise)                    # [N, V]
         output, tokens = self.model(
@@ -307,7 +309,7 @@ class Objective(nn.Module):
 
         if self.teacher_noise == "student":
             # paper: drawn from the student's distribution / here: a second draw, and the same eps
-            sigma_teacher = shift * sigma_from_uniform(teacher_t)
+            sigma_teacher = shift * sigma_from_uniform(teacher_t, *self.time_normal)
         else:
             sigma_teacher = torch.full_like(t, shift * self.teacher_noise)
         x_teacher = x + sigma_teacher.view(-1, 1, 1, 1) * eps
@@ -520,12 +522,15 @@ def prepare(args, world):
         raise UserError(
             f"--batch-size {args.batch_size}: {args.data} has {len(cache.labels)} images"
         )
+    if args.time_normal and args.time_normal[1] <= 0:
+        raise UserError("--time-normal: the second number, STD, must be above 0")
 
     sizes = dit.parse_model(args.model)
     config = {
         **arch,
         **sizes,
         **cache.model_options(sizes["patch_size"]),
+        "class_dropout_prob": args.label_drop,
         "qk_norm": args.qk_norm,
         "class_tokens": args.class_tokens,
         "control": args.control,

@@ -69,11 +69,11 @@ repa-l-dino           extract_features  data=imagenet/train out=features/dino en
 repa-l-dino           train_repa        data=features/dino
 repa-l-mae            extract_features  data=imagenet/train out=features/mae encoder=MAE_L
 repa-l-mae            train_repa        data=features/mae
-repa-l-block-6        train_repa        data=features/dinov2l repa_depth=6
-repa-l-block-10       train_repa        data=features/dinov2l repa_depth=10
-repa-l-block-12       train_repa        data=features/dinov2l repa_depth=12
-repa-l-block-14       train_repa        data=features/dinov2l repa_depth=14
-repa-l-block-16       train_repa        data=features/dinov2l repa_depth=16
+repa-l-block-6        train_repa        data=features/dinov2l repa_depth=[6]
+repa-l-block-10       train_repa        data=features/dinov2l repa_depth=[10]
+repa-l-block-12       train_repa        data=features/dinov2l repa_depth=[12]
+repa-l-block-14       train_repa        data=features/dinov2l repa_depth=[14]
+repa-l-block-16       train_repa        data=features/dinov2l repa_depth=[16]
 
 sit-b                 train_repa        repa_weight=0
 sit-l                 train_repa        repa_weight=0
@@ -92,16 +92,16 @@ div-b                 sample            checkpoint=runs/div-b/0400000.pt sampler
 div-b                 fid               paths=["VIRTUAL_imagenet256_labeled.npz","div-b.npz","div-b-cfg.npz"]
 div-l                 train_diversedit
 div-xl                train_diversedit
-repa-b5               train_repa        repa_depth=5
+repa-b5               train_repa        repa_depth=[5]
 div-repa-b            train_diversedit  repa_weight=0.5
 div-repa-l            train_diversedit  repa_weight=0.5
 div-repa-xl           train_diversedit  repa_weight=0.5
-repa-b8               train_repa        repa_depth=8
-div-repa-b8           train_diversedit  repa_weight=0.5 repa_depth=8
-repa-l5               train_repa        repa_depth=5
-div-repa-l5           train_diversedit  repa_weight=0.5 repa_depth=5
-repa-xl5              train_repa        repa_depth=5
-div-repa-xl5          train_diversedit  repa_weight=0.5 repa_depth=5
+repa-b8               train_repa        repa_depth=[8]
+div-repa-b8           train_diversedit  repa_weight=0.5 repa_depth=[8]
+repa-l5               train_repa        repa_depth=[5]
+div-repa-l5           train_diversedit  repa_weight=0.5 repa_depth=[5]
+repa-xl5              train_repa        repa_depth=[5]
+div-repa-xl5          train_diversedit  repa_weight=0.5 repa_depth=[5]
 div-repa-xl-1m        train_diversedit  repa_weight=0.5 out=runs/div-repa-xl
 div-repa-xl-512-1m    train_diversedit  repa_weight=0.5 out=runs/div-repa-xl-512 data=features/imagenet512
 div-cfg-400k          sample            sampler=sde steps=250
@@ -119,7 +119,7 @@ sit-xl-512            train_repa        data=features/imagenet512 repa_weight=0
 div-b-512             train_diversedit  data=features/imagenet512
 div-l-512             train_diversedit  data=features/imagenet512
 div-xl-512            train_diversedit  data=features/imagenet512
-repa-b-512            train_repa        data=features/imagenet512 repa_depth=5
+repa-b-512            train_repa        data=features/imagenet512 repa_depth=[5]
 repa-l-512            train_repa        data=features/imagenet512
 repa-xl-512           train_repa        data=features/imagenet512
 div-repa-b-512        train_diversedit  data=features/imagenet512 repa_weight=0.5
@@ -143,16 +143,18 @@ div-l-15              train_diversedit  div_blocks=15
 div-l-20              train_diversedit  div_blocks=20
 div-l-24              train_diversedit  div_blocks=24
 a2-sit                train_repa        repa_weight=0 out=runs/sit-b
-a2-dinov2-5           train_repa        repa_depth=5 out=runs/repa-b5
-a2-dinov2-8           train_repa        repa_depth=8 out=runs/repa-b8
-a2-dinov2-10          train_repa        repa_depth=10
-a2-mae-5              train_repa        repa_depth=5 data=features/mae
-a2-mae-8              train_repa        repa_depth=8 data=features/mae
-a2-mae-10             train_repa        repa_depth=10 data=features/mae
+a2-dinov2-5           train_repa        repa_depth=[5] out=runs/repa-b5
+a2-dinov2-8           train_repa        repa_depth=[8] out=runs/repa-b8
+a2-dinov2-10          train_repa        repa_depth=[10]
+a2-dinov2-2-5-8       train_repa        repa_depth=[2,5,8]
+a2-dinov2-3-6-9       train_repa        repa_depth=[3,6,9]
+a2-mae-5              train_repa        repa_depth=[5] data=features/mae
+a2-mae-8              train_repa        repa_depth=[8] data=features/mae
+a2-mae-10             train_repa        repa_depth=[10] data=features/mae
 a2-both-5             extract_features  data=imagenet/train out=features/both encoder=BOTH
-a2-both-5             train_repa        repa_depth=5 data=features/both
-a2-both-8             train_repa        repa_depth=8 data=features/both
-a2-both-10            train_repa        repa_depth=10 data=features/both
+a2-both-5             train_repa        repa_depth=[5] data=features/both
+a2-both-8             train_repa        repa_depth=[8] data=features/both
+a2-both-10            train_repa        repa_depth=[10] data=features/both
 
 sddit-s               train_sddit
 sddit-b               train_sddit
@@ -232,6 +234,8 @@ TRAINING = {
     "init": None,
     "control": "none",
     "class_tokens": 0,
+    "label_drop": 0.1,
+    "time_normal": None,
 }
 DEFAULTS = {  # what the rows take for granted
     "extract_features": {
@@ -256,6 +260,7 @@ DEFAULTS = {  # what the rows take for granted
         **TRAINING,
         "steps": 2_400_000,
         "precision": "fp32",
+        "time_normal": [-1.2, 1.2],
         "mask_ratio": 0.2,
         "sd_weight": 1,
         "teacher_noise": 0.002,
@@ -429,7 +434,7 @@ def test_blocks_that_the_rows_name(size, repa, diversedit):
         objective = train_repa.Objective(model, train_repa.parse_args(flags), meta)
         assert objective.aligned_blocks == [repa]
         objective = train_diversedit.Objective(model, train_diversedit.parse_args(flags), meta)
-        assert objective.repa_depth == diversedit
+        assert objective.aligned_blocks == [diversedit]
 
 
 def test_what_a_command_reads_another_one_writes():

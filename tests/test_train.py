@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import time
 from pathlib import Path
@@ -85,6 +86,49 @@ def test_objective_is_the_equation(cache):
     aligned = train_repa.repa_loss([objective.alignment.projectors[0](tokens)], [given["targets"]])
     assert losses["loss_repa"].item() == pytest.approx(aligned.item(), rel=1e-4)
     assert losses["loss"].item() == pytest.approx((expected + 0.3 * aligned).item(), rel=1e-4)
+
+
+def test_aligned_blocks_have_projectors_of_their_own(cache):
+    """--repa-depth 2 1: the mean over the blocks, in this order, each through its own projector."""
+    objective = randomize(objective_for(train_repa, cache, "--repa-depth", 2, 1))
+    given = inputs()
+    t = given["t"].view(-1, 1, 1, 1)
+    x_t = (1 - t) * given["x"] + t * given["eps"]
+    _, tokens = objective.model(x_t, given["t"], given["y"], drop=given["drop"], return_blocks=[1, 2])
+    first, second = objective.alignment.projectors
+    one = train_repa.repa_loss([first(tokens[1])], [given["targets"]])
+    other = train_repa.repa_loss([second(tokens[0])], [given["targets"]])
+    assert objective(**given)["loss_repa"].item() == pytest.approx((one + other).item() / 2, rel=1e-5)
+    both = objective_for(train_diversedit, cache, "--repa-weight", 0.5, "--repa-depth", 2, 1)
+    assert len(both.alignment.projectors) == 2 and both.aligned_blocks == [2, 1]
+
+
+@pytest.mark.parametrize("script", [train_repa, train_diversedit])
+def test_logit_normal_times_reach_the_model(cache, script):
+    objective = objective_for(script, cache, "--time-normal", -0.4, 1.3)
+    seen = []
+    objective.model.t_embedder.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    given = inputs() | {"t": torch.tensor([0.1, 0.3, 0.5, 0.9])}
+    extra = {"chosen": torch.tensor([1, 2])} if script is train_diversedit else {}
+    objective(**given, **extra)
+    logits = [-0.4 + 1.3 * statistics.NormalDist().inv_cdf(u) for u in given["t"].tolist()]
+    expected = [1 / (1 + math.exp(-x)) for x in logits]
+    assert seen[0].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("probability", [0, 0.5])
+def test_label_drop(cache, tmp_path, probability):
+    """The share of null labels in the batches; with 0 there is no null class, and no guidance."""
+    flags = ["--data", cache, "--model", "nano/2", "--batch-size", 16, "--label-drop", probability]
+    args = train_repa.parse_args([str(flag) for flag in flags])
+    args.out = str(tmp_path / "run")
+    _, config, _, _ = train_repa.prepare(args, 1)
+    model = dit.build(config)
+    assert model.y_embedder.dropout_prob == probability
+    assert len(model.y_embedder.embedding_table.weight) == model.num_classes + (probability > 0)
+    args.batch_size = 2000
+    drop = train_repa.draw_noise(args, model, slice(None), 0, "cpu")["drop"]
+    assert drop.float().mean().item() == pytest.approx(probability, abs=0.05)
 
 
 def test_first_loss_is_the_mean_square_of_the_target(cache):
@@ -421,7 +465,8 @@ def test_bad_input(cache, tmp_path):
     assert "--batch-size 128" in message and "96 images" in message
     assert "patch 3" in (message := complain("--model", "nano/3")) and "8 x 8" in message
     assert "SIZE/2" in (message := complain("--model", "nano/4")) and "--patch 4" in message
-    assert "--repa-depth 3" in (message := complain("--repa-depth", 3)) and "1 to 2" in message
+    assert "--repa-depth 3" in (message := complain("--repa-depth", 1, 3)) and "2 blocks" in message
+    assert "--time-normal" in complain("--time-normal", 0, 0)
     assert "nothing.pt" in complain("--init", tmp_path / "nothing.pt")
     (tmp_path / "file").write_text("precious")
     assert f"--out {tmp_path / 'file'}" in complain(out="file")

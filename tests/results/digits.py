@@ -41,6 +41,11 @@ SEEDS = (2, 3, 4, 5, 6)  # --digits was tuned on seeds 0 and 1
 # row: (what it is, the row it is compared with, command)
 ROWS = {
     "plain": ("plain SiT", None, "train_repa.py --digits --repa-weight 0"),
+    "logit-normal": (
+        "SiT, logit-normal t",
+        "plain",
+        "train_repa.py --digits --repa-weight 0 --time-normal 0 1",
+    ),
     "repa": ("REPA", "plain", "train_repa.py --digits"),
     "div-loss": ("DiverseDiT, loss alone", "plain", "train_diversedit.py --digits --no-long-residuals"),
     "div-residuals": ("DiverseDiT, residuals alone", "plain", "train_diversedit.py --digits --div-terms"),
