@@ -203,12 +203,13 @@ class Level(nn.Module):
 
     def __init__(self, c_in, c_out, depth, num_attentions, groups):
         super().__init__()
-        self.resnets = nn.ModuleList([ResnetBlock(c_in, c_out, groups)])
-        for _ in range(depth - 1):
-            self.resnets.append(ResnetBlock(c_out, c_out, groups))
+        self.resnets = nn.ModuleList()
         self.attentions = nn.ModuleList()
-        for _ in range(num_attentions):
-            self.attentions.append(AttentionBlock(c_out, groups))
+        for i in range(depth):
+            self.resnets.append(ResnetBlock(c_in, c_out, groups))
+            c_in = c_out
+            if i < num_attentions:
+                self.attentions.append(AttentionBlock(c_out, groups))
         self.downsamplers = nn.Sequential()
         self.upsamplers = nn.Sequential()
 
@@ -238,7 +239,7 @@ def upsample(c):
 
 
 def levels(widths, types, depth, groups):
-    """Returns a level of `depth` residual blocks for each width, of the type that config.json names.
+    """Returns a level of `depth` residual blocks for each width, of a type as in config.json.
 
     The last level does not change the resolution.
     """
@@ -305,7 +306,7 @@ def complete_config(entries):
         # does not / here: as in REPA-E's, because models expect a standard deviation near 1
         config["shift_factor"] = config["latents_mean"]
         config["scaling_factor"] = [1 / std for std in config["latents_std"]]
-    elif all(config[name] == value for name, value in STABLE_DIFFUSION.items()):
+    elif STABLE_DIFFUSION == {name: config[name] for name in STABLE_DIFFUSION}:
         config.setdefault("scaling_factor", 0.18215)  # its config.json is older than this entry
     files.expect(config, UNDERSTOOD)
     return config
@@ -314,15 +315,15 @@ def complete_config(entries):
 class AutoencoderKL(nn.Module):
     """The autoencoder of latent diffusion (arXiv 2112.10752): images <-> smaller latents.
 
-    config: entries of diffusers' config.json; those of Stable Diffusion hold where one is missing.
-    sd-vae-ft-mse and sd-vae-ft-ema have the same encoder and different decoders.
+    entries: those of diffusers' config.json; where one is missing, Stable Diffusion's holds. Raises
+    ValueError for others. sd-vae-ft-mse and sd-vae-ft-ema share the encoder, not the decoder.
     """
 
     pixels_at_once = 16 * 256 * 256  # a slice of the batch: 512 px fit a small GPU
 
-    def __init__(self, config=None):
+    def __init__(self, entries=None):
         super().__init__()
-        config = complete_config(config or {})
+        config = complete_config(entries or {})
         widths = config["block_out_channels"]
         depth = config["layers_per_block"]
         groups = config["norm_num_groups"]
@@ -373,7 +374,7 @@ class AutoencoderKL(nn.Module):
 
 
 def per_channel(value, latents):
-    """Returns a scale or shift that fits latents [N, C, h, w]: a number, or for a list [C, 1, 1]."""
+    """Returns a scale or shift, a number or a list of C, such that it fits latents [N, C, h, w]."""
     if isinstance(value, list):
         value = torch.tensor(value).view(-1, 1, 1).to(latents, non_blocking=True)
     return value
@@ -411,12 +412,11 @@ def load_autoencoder(name, device="cpu"):
     with explaining(f"--vae {name}: config.json does not describe a known autoencoder", remedy):
         if config_file.exists():
             entries = dict(json.loads(config_file.read_text()))
-        config = complete_config(entries)
+        autoencoder = AutoencoderKL(entries)
 
     weights = read_weights(path)
     remedy = "pass the folder that has their config.json, too, or those of Stable Diffusion"
     with explaining(f"--vae {name}: weights of another architecture", remedy):
-        autoencoder = AutoencoderKL(config)
         autoencoder.load_state_dict(modern_names(weights))
     return autoencoder.to(device)
 

@@ -455,7 +455,7 @@ COUNT = range(1, 2**31)
 
 
 def expect(entries, kinds):
-    """Raises ValueError unless the dict has every entry that `kinds` names, and each of its kind."""
+    """Raises ValueError unless the dict has every entry of `kinds`, and each of its kind."""
     for name, kind in kinds.items():
         value = entries.get(name)
         if not fits(value, kind):
