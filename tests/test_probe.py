@@ -129,6 +129,22 @@ def test_two_gaussians_have_a_known_accuracy():
         assert abs(accuracy - 0.5 * math.erfc(-distance / 2**0.5)) < 0.025
 
 
+def test_batch_norm_without_parameters():
+    """A batch is normalised by itself in training, and by running averages afterwards."""
+    features = 5 + 3 * torch.randn(64, 2, 4, generator=torch.Generator().manual_seed(0))
+    probes = probe.Probes(2, 4, 3)
+    assert {name for name, _ in probes.named_parameters()} == {"weight", "bias"}
+    x = (features - features.mean(0)) / features.std(0, correction=0)
+    expected = torch.stack([x[:, block] @ probes.weight[block] for block in range(2)])
+    torch.testing.assert_close(probes(features), expected, rtol=1e-4, atol=1e-4)
+
+    trained = probe.train_probes(features, torch.arange(64) % 3, 3, 100, 64, 1e-3, 0, CPU)
+    x = (features - features.mean(0)) / features.std(0)
+    expected = [x[:, block] @ trained.weight[block] + trained.bias[block] for block in range(2)]
+    torch.testing.assert_close(trained(features), torch.stack(expected), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(trained(features[:1]), trained(features)[:, :1])
+
+
 def test_agrees_with_an_independent_solver():
     """Long training ends at the maximum of the likelihood, which L-BFGS of scipy finds as well."""
     rng = np.random.default_rng(0)
