@@ -88,7 +88,7 @@ def test_imports_run_one_way():
         assert imported & ours <= expected, path.name
 
 
-INPUTS = ("x", "y", "t", "eps", "drop")
+INPUTS = ("x", "y", "u", "eps", "drop")
 
 
 def recorded(script, cache, out, *options):

@@ -50,7 +50,7 @@ def inputs():
     torch.manual_seed(0)
     x, eps, targets = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.randn(4, 16, 82)
     y, t, drop = torch.tensor([0, 1, 2, 0]), torch.tensor([0.0, 0.3, 0.9, 1.0]), torch.arange(4) == 1
-    return dict(x=x, y=y, t=t, eps=eps, drop=drop, targets=targets)
+    return dict(x=x, y=y, u=t, eps=eps, drop=drop, targets=targets)
 
 
 # --- the loss
@@ -77,7 +77,7 @@ def test_objective_is_the_equation(cache):
     objective = randomize(objective_for(train_repa, cache, "--repa-weight", 0.3, "--repa-depth", 1))
     given = inputs()
     losses = objective(**given)
-    x, eps, t = given["x"], given["eps"], given["t"]
+    x, eps, t = given["x"], given["eps"], given["u"]
     x_t = torch.stack([(1 - s) * a + s * b for a, b, s in zip(x, eps, t.tolist(), strict=True)])
     null = torch.tensor([0, 3, 2, 0])
     v, (tokens,) = objective.model(x_t, t, null, return_blocks=[1])
@@ -92,9 +92,9 @@ def test_aligned_blocks_have_projectors_of_their_own(cache):
     """--repa-depth 2 1: the mean over the blocks, in this order, each through its own projector."""
     objective = randomize(objective_for(train_repa, cache, "--repa-depth", 2, 1))
     given = inputs()
-    t = given["t"].view(-1, 1, 1, 1)
+    t = given["u"].view(-1, 1, 1, 1)
     x_t = (1 - t) * given["x"] + t * given["eps"]
-    _, tokens = objective.model(x_t, given["t"], given["y"], drop=given["drop"], return_blocks=[1, 2])
+    _, tokens = objective.model(x_t, given["u"], given["y"], drop=given["drop"], return_blocks=[1, 2])
     first, second = objective.alignment.projectors
     one = train_repa.repa_loss([first(tokens[1])], [given["targets"]])
     other = train_repa.repa_loss([second(tokens[0])], [given["targets"]])
@@ -108,10 +108,10 @@ def test_logit_normal_times_reach_the_model(cache, script):
     objective = objective_for(script, cache, "--time-normal", -0.4, 1.3)
     seen = []
     objective.model.t_embedder.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    given = inputs() | {"t": torch.tensor([0.1, 0.3, 0.5, 0.9])}
+    given = inputs() | {"u": torch.tensor([0.1, 0.3, 0.5, 0.9])}
     extra = {"chosen": torch.tensor([1, 2])} if script is train_diversedit else {}
     objective(**given, **extra)
-    logits = [-0.4 + 1.3 * statistics.NormalDist().inv_cdf(u) for u in given["t"].tolist()]
+    logits = [-0.4 + 1.3 * statistics.NormalDist().inv_cdf(u) for u in given["u"].tolist()]
     expected = [1 / (1 + math.exp(-x)) for x in logits]
     assert seen[0].tolist() == pytest.approx(expected, rel=1e-5)
 
@@ -151,15 +151,15 @@ def test_projector_sizes():
 
 
 def test_flow_times_are_shifted(cache):
-    """With --time-shift 2, the loss at uniform t is the plain loss at 2 t / (1 + t)."""
+    """With --time-shift 2, the loss at uniform u is the plain loss at 2 u / (1 + u)."""
     plain = randomize(objective_for(train_repa, cache, "--repa-weight", 0), std=0.3)
     shifted = objective_for(train_repa, cache, "--repa-weight", 0, "--time-shift", 2)
     shifted.load_state_dict(plain.state_dict())
     given = inputs()
-    t = given.pop("t")
-    expected = plain(t=2 * t / (1 + t), **given)["loss"].item()
-    assert shifted(t=t, **given)["loss"].item() == pytest.approx(expected, rel=1e-5)
-    assert plain(t=t, **given)["loss"].item() != pytest.approx(expected, rel=1e-3)
+    u = given.pop("u")
+    expected = plain(u=2 * u / (1 + u), **given)["loss"].item()
+    assert shifted(u=u, **given)["loss"].item() == pytest.approx(expected, rel=1e-5)
+    assert plain(u=u, **given)["loss"].item() != pytest.approx(expected, rel=1e-3)
 
 
 # --- CKNNA
