@@ -455,22 +455,30 @@ COUNT = range(1, 2**31)
 
 
 def expect(entries, kinds):
-    """Raises ValueError unless the dict has every entry that `kinds` names, and each of its kind.
-
-    A kind is a type, [a type] for a list of such values, or a range for an integer inside it.
-    """
+    """Raises ValueError unless the dict has every entry of `kinds`, and each of its kind."""
     for name, kind in kinds.items():
         value = entries.get(name)
-        if isinstance(kind, range):
-            good = type(value) is int and value in kind
-        elif isinstance(kind, list):
-            good = isinstance(value, list) and all(isinstance(x, kind[0]) for x in value)
-        elif kind is float:
-            good = isinstance(value, (int, float)) and math.isfinite(value)
-        else:
-            good = isinstance(value, kind)
-        if not good:
+        if not fits(value, kind):
             raise ValueError(f"{name} is {value!r:.60}")
+
+
+def fits(value, kind):
+    """Returns whether a value is of a kind.
+
+    A kind is a type, [a kind] for a list of such values, a range for an integer inside it, a set of
+    possible values, or a tuple of kinds, of which one is enough.
+    """
+    if isinstance(kind, tuple):
+        return any(fits(value, option) for option in kind)
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(fits(x, kind[0]) for x in value)
+    if isinstance(kind, range):
+        return type(value) is int and value in kind
+    if isinstance(kind, set):
+        return value in list(kind)
+    if kind is float:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, kind)
 
 
 def difference(there, here, may_differ=()):
@@ -523,13 +531,14 @@ def warn_of_start(decay, step):
     return f"; the averages are still {share:.0%} initial weights: try sample.py --weights model"
 
 
+PER_CHANNEL = (float, [float])  # one number, or a list with one for each channel
 # what a model must know of its data: entries of a cache's meta.json, and of a checkpoint's "data"
 DATA = {
     "vae": str,
     "image_size": COUNT,
     "classes": [str],
-    "latent_scale": float,
-    "latent_shift": float,
+    "latent_scale": PER_CHANNEL,
+    "latent_shift": PER_CHANNEL,
 }
 
 

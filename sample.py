@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 import dit
 import files
-from extract_features import load_autoencoder
+from extract_features import load_autoencoder, per_channel
 from files import UserError, number
 
 # ---- Samplers: functions of a model, a start and a schedule. Only noise() has a state.
@@ -361,7 +361,8 @@ def generate(model, indices, y, sampler=None, steps=None, seed=0, control=None, 
 
 def to_autoencoder(latents, data):
     """Turns latents of a model into the autoencoder's: the inverse of CachedFeatures.latents."""
-    return latents / data["latent_scale"] + data["latent_shift"]
+    scale = per_channel(data["latent_scale"], latents)
+    return latents / scale + per_channel(data["latent_shift"], latents)
 
 
 def decode(latents, autoencoder, data, indices=None):
