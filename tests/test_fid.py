@@ -550,15 +550,15 @@ def test_warnings(tiny, tmp_path, capsys):
 
 
 def rows_of(text):
-    """The table that fid.py prints: name of a row -> its five entries."""
+    """The table that fid.py prints: name of a row -> its six entries."""
     lines = text.splitlines()
-    assert lines[0].split() == "fid sfid inception_score precision recall".split()
+    assert lines[0].split() == "fid sfid inception_score precision recall mind".split()
     rows = {}
     for line in lines[1:]:
         if line.startswith("reference "):
             return rows
-        assert len(line[:79].split()) == 5 and line[79:81] == "  "  # aligned, 15 characters each
-        rows[line[81:]] = line[:79].split()
+        assert len(line[:95].split()) == 6 and line[95:97] == "  "  # aligned, 15 characters each
+        rows[line[97:]] = line[:95].split()
 
 
 def test_several_sets_equal_separate_runs(tiny, tmp_path, capsys):
@@ -616,7 +616,7 @@ def test_what_was_not_measured_is_a_dash(tmp_path, capsys):
     np.savez(tmp_path / "a.npz", arr_0=noise(5))
     result = run(tmp_path / "a.npz", tmp_path / "a.npz", *PIXELS, out=tmp_path)
     rows = rows_of(capsys.readouterr().out)
-    assert rows == {str(tmp_path / "a.npz"): [f"{result['fid']:.4f}", "-", "-", "1.0000", "1.0000"]}
+    assert rows == {str(tmp_path / "a.npz"): [f"{result['fid']:.4f}", "-", "-", *["1.0000"] * 2, "0.0000"]}
     assert result["floor"] is None  # two images are too few
     assert set(result) == {*fid.METRICS, "set", "protocol", "floor"} and result["sfid"] is None
 
