@@ -11,9 +11,9 @@ resolution. Nothing here reads a file, knows about processes or holds a loss. `b
 a model from the `config` of its checkpoint.
 
 The state dict of a plain DiT has the names and shapes of REPA's checkpoints. Those of DiT and SiT
-have twice as many output channels. Control and long residuals add tensors, and class tokens widen
-the label table. An SDDiT adds a CLS token and a decoder; its label table and its last layer have
-shapes of their own.
+have twice as many output channels. Control, an interval and long residuals add tensors, and class
+tokens widen the label table. An SDDiT adds a CLS token and a decoder; its label table and its last
+layer have shapes of their own.
 
 Every file says where it deviates from a paper or from the authors' code, always in this form:
     paper: what the paper says / official code: what the authors' code does / here: what this file
@@ -38,6 +38,7 @@ SIZES = {  # name: (blocks, width, heads)
     "nano": (6, 128, 4),  # our own size, for laptops and tests; the others are DiT's
     "S": (12, 384, 6),
     "B": (12, 768, 12),
+    "M": (16, 1024, 16),  # MeanFlow's (arXiv 2505.13447)
     "L": (24, 1024, 16),
     "XL": (28, 1152, 16),
 }
@@ -78,6 +79,23 @@ def shift_time(t, s):
     The inverse is the shift by 1 / s.
     """
     return s * t / (1 + (s - 1) * t)
+
+
+def normal_from_uniform(u, mean, std):
+    """Turns uniform numbers u in [0, 1) into normal ones, by the inverse distribution function."""
+    return mean + std * torch.special.ndtri(u.clamp(1e-7, 1 - 1e-7))
+
+
+def training_time(u, time_normal=None, time_shift=1.0):
+    """Turns uniform numbers u in [0, 1) into the times t at which a flow-matching model trains.
+
+    t is u itself, or, with time_normal = (mean, std), logit t ~ N(mean, std^2) (SD3, arXiv
+    2403.03206). Both are then shifted, see shift_time.
+    """
+    t = u
+    if time_normal is not None:
+        t = torch.sigmoid(normal_from_uniform(u, *time_normal))
+    return shift_time(t, time_shift)
 
 
 def edm_coefficients(sigma, sigma_data=0.5):
@@ -314,6 +332,7 @@ class DiT(nn.Module):
         class_tokens=0,  # 0 adds the class to c; K > 0 feeds it as K tokens before the patches
         pos_base=None,  # see sincos_positions
         time_shift=1.0,  # see shift_time
+        interval=False,  # True embeds t - r, too: see forward
     ):
         """Raises ValueError if sizes do not divide, or if control or control_alpha is invalid."""
         super().__init__()
@@ -342,6 +361,7 @@ class DiT(nn.Module):
         self.control_embedder = None
         if control != "none":
             self.control_embedder = ControlEmbedder(hidden_size, control, control_alpha)
+        self.h_embedder = TimestepEmbedder(hidden_size) if interval else None
         self.initialize_weights()
 
     def initialize_weights(self):
@@ -366,6 +386,9 @@ class DiT(nn.Module):
         mlp = self.t_embedder.mlp
         for layer in (self.y_embedder.embedding_table, mlp[0], mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
+        if self.h_embedder is not None:
+            for layer in (self.h_embedder.mlp[0], self.h_embedder.mlp[2]):
+                nn.init.normal_(layer.weight, std=0.02)
 
         if self.control_embedder is not None:
             for mlp in (self.control_embedder.low, self.control_embedder.high):
@@ -378,13 +401,19 @@ class DiT(nn.Module):
         table = torch.tensor(table[None], dtype=torch.float32)
         return nn.Parameter(table, requires_grad=False)
 
-    def condition(self, t, unshifted_t, y, drop, control):
+    def condition(self, t, unshifted_t, y, drop, control, r=None):
         """Returns the condition c [N, D] and the K class tokens [N, K, D] that precede the patches.
 
-        t [N] is embedded. unshifted_t [N], the time before any shift (see shift_time), weighs the
-        control: it says how noisy an image looks, at every resolution.
+        t [N] is embedded, and t - r if the model has the option `interval`. unshifted_t [N], the
+        time before any shift (see shift_time), weighs the control: it says how noisy an image
+        looks, at every resolution.
         """
         c = self.t_embedder(t)                                        # [N, D]
+        if self.h_embedder is not None:
+            h = torch.zeros_like(t) if r is None else t - r
+            c = c + self.h_embedder(h)
+        elif r is not None:
+            raise ValueError("r needs a model with the option `interval`")
         classes = self.y_embedder(y, drop)                            # [N, D] or [N, K D]
         if self.control_embedder is not None and control is not None:
             c = c + self.control_embedder(control, unshifted_t)
@@ -423,16 +452,18 @@ class DiT(nn.Module):
                 kept[b] = tokens                                      # [N, K + T, D]
         return tokens, kept
 
-    def forward(self, x, t, y, drop=None, control=None, return_blocks=None):
+    def forward(self, x, t, y, drop=None, control=None, return_blocks=None, r=None):
         """Returns the velocity [N, C, H, W] of noisy latents x at times t [N] for classes y [N].
 
+        A model with the option `interval` is MeanFlow's (arXiv 2505.13447): it returns u(x, r, t),
+        the mean velocity from time r [N] to t. By default r = t, where u is the velocity.
         t = 1 is noise. drop [N] bool: labels to replace by the null class. control [N, 7]: see
         ControlEmbedder. return_blocks: numbers of blocks, counted from 1. With them, it returns the
         velocity and a list of the tokens [N, T, D] after these blocks, in this order.
-        Raises KeyError if there is no such block.
+        Raises KeyError if there is no such block, and ValueError for an r without `interval`.
         """
         unshifted_t = shift_time(t, 1 / self.time_shift)
-        c, classes = self.condition(t, unshifted_t, y, drop, control)
+        c, classes = self.condition(t, unshifted_t, y, drop, control, r)
         patches = self.x_embedder(x) + self.pos_embed                 # [N, T, D]
         tokens = torch.cat([classes, patches], dim=1)                 # [N, K + T, D]
 

@@ -12,6 +12,8 @@ command again to continue it.
       ode, heun     dx_t/dt = v
       sde           dx_t = (v - t s) dt + sqrt(2t) dw, the score is s = -((1 - t) v + x_t) / t
                     (arXiv 2401.08740)
+    MeanFlow        the network predicts u(x_t, r, t), the mean velocity from r to t; v = u(x, t, t)
+      mean          x_r = x_t - (t - r) u, by default in a single step (arXiv 2505.13447)
     EDM             x_sigma = x + sigma eps (arXiv 2206.00364)
                     the network predicts F of the denoiser D = c_skip x_sigma + c_out F
       edm           dx_sigma/dsigma = (x_sigma - D) / sigma, Heun's method; the one of SD-DiT
@@ -101,6 +103,18 @@ def flow_sde(model, x, times, noise):
     return x
 
 
+def mean_flow(model, x, times):
+    """Jumps from each of `times` t (see ode_times) to the next, r, from noise x [N, C, H, W].
+
+    model(x, t, r) -> u, the mean velocity. An exact u gives the same x for all `times`; where a
+    step begins and ends is all that Euler's method does not tell its network. Returns float64.
+    """
+    x = x.double()
+    for t, r in pairwise(times.tolist()):
+        x = x - (t - r) * model(x, t, r).double()
+    return x
+
+
 def edm_heun(denoiser, x, sigmas):
     """Runs EDM's deterministic sampler along `sigmas` (see edm_sigmas), from N(0, 1) noise x.
 
@@ -137,6 +151,8 @@ def guided(model, y, scale=1.0, interval=None, guide=None, control=None, control
         v = model(y, 0) + control_scale (model(y, c) - model(y, 0))
         v_weak = model(null, 0)
     EDM's denoiser is affine in F, so guiding F guides it.
+    With a time r, the function returns the mean velocity from r to t. It raises ValueError if that
+    is to be guided, because guidance mixes velocities and not their means.
     paper: the formula of 2411.03177 was not available / here: reconstructed from its two scales.
     official code: DiT and SiT guide three of four channels (DiT#41) / here: all, as in REPA.
     official code: Heun's second evaluation is guided if the step starts inside the interval / here:
@@ -155,10 +171,14 @@ def guided(model, y, scale=1.0, interval=None, guide=None, control=None, control
         v = model(x.repeat(n, 1, 1, 1), t.repeat(n), torch.cat(classes), control=rows)
         return v.chunk(n)                                             # n times [N, C, H, W]
 
-    def velocity(x, t):
+    def velocity(x, t, r=None):
         x = x.float()
         inside = low <= t <= high
         t = torch.full((len(x),), t, device=x.device)                 # [N]
+        if r is not None:
+            if not unguided:
+                raise ValueError("a mean velocity cannot be guided; use another sampler")
+            return model(x, t, y, control=control, r=torch.full_like(t, r))
         if unguided or not inside:
             return model(x, t, y, control=control)
         if guide is not None:
@@ -221,12 +241,14 @@ def choose_control(control, table, y, indices, seed):
 def choose_sampler(model, sampler=None, steps=None):
     """Returns the name of the sampler, and its times or noise levels [steps + 1].
 
-    The default is ode in 50 steps, or edm in 40 for an SDDiT. Raises UserError if the sampler does
-    not fit the model.
+    The default is ode in 50 steps, edm in 40 for an SDDiT, or mean in one for a model of mean
+    velocities. Raises UserError if the sampler does not fit the model.
     """
     fitting = ["ode", "heun", "sde"]
     if isinstance(model, dit.SDDiT):
         fitting = ["edm"]
+    elif model.h_embedder is not None:
+        fitting = ["mean", *fitting]
     sampler = sampler or fitting[0]
     if sampler not in fitting:
         raise UserError(f"--sampler {sampler}: does not fit this model; use {' or '.join(fitting)}")
@@ -234,7 +256,8 @@ def choose_sampler(model, sampler=None, steps=None):
     if sampler == "edm":
         return sampler, model.time_shift * edm_sigmas(steps or 40)
     grid = sde_times if sampler == "sde" else ode_times
-    times = grid(steps or 50, first=model.first_time)
+    default = 1 if sampler == "mean" else 50
+    times = grid(steps or default, first=model.first_time)
     return sampler, dit.shift_time(times, model.time_shift)
 
 
@@ -264,6 +287,8 @@ def generate(model, indices, y, sampler=None, steps=None, seed=0, control=None, 
     start = noise() * math.hypot(1 - times[0], times[0])
     if sampler == "sde":
         return flow_sde(network, start, times, noise)
+    if sampler == "mean":
+        return mean_flow(network, start, times)
     return flow_ode(network, start, times, heun=sampler == "heun")
 
 
@@ -311,25 +336,29 @@ def save_grid(images, path, columns, gap=4):
     files.replace_file(path, lambda file: picture.save(file, "PNG"))
 
 
-def preview(model, cache, autoencoder, path, seed=0, precision="fp32", **options):
+def preview(model, cache, autoencoder, path, seed=0, precision="fp32", rows=None, **options):
     """Draws the picture of a training script: four rows of images, with a class in each column.
 
     cache: the CachedFeatures of the run. options: those of `generate`, such as sampler, steps and
-    scale. Writes no picture if images are not finite.
+    scale. rows: a list of such options; each draws one row, and all rows begin with the same noise.
+    Writes no picture if images are not finite.
     """
     classes = np.unique(cache.labels)  # those with images
     columns = min(len(classes), 10)
     if columns == 1:
         columns = 10  # a single class fills a picture of the usual width
     spread = np.linspace(0, len(classes) - 1, columns).astype(int)
-    indices = range(4 * columns)
+    indices = range(columns if rows else 4 * columns)
     y = choose_labels("balanced", indices, classes[spread].tolist(), seed)
     control = choose_control("empirical", cache.control_table, y, indices, seed)
     device = next(model.parameters()).device
+    latents = []
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        latents = generate(model, indices, y, seed=seed, control=control, **options)
+        for row in rows or [{}]:
+            own = {"seed": seed, "control": control, **options, **row}
+            latents.append(generate(model, indices, y, **own))
     try:
-        images = decode(latents, autoencoder, cache.meta)
+        images = decode(torch.cat(latents), autoencoder, cache.meta)
     except UserError as error:  # the run goes on without its picture
         print(f"{path}: {error}", file=sys.stderr)
         return
@@ -380,10 +409,10 @@ def parse_args(argv=None):
         help="image i depends on the seed and i alone")
 
     add = parser.add_argument_group("sampler and guidance").add_argument
-    add("--sampler", choices=["ode", "heun", "sde", "edm"],
-        help="by default ode (Euler's method), or edm for SD-DiT")
+    add("--sampler", choices=["ode", "heun", "sde", "mean", "edm"],
+        help="by default ode (Euler's method), mean for MeanFlow, or edm for SD-DiT")
     add("--steps", type=number(int, 1, 10**6),
-        help="by default 50, or 40 for edm; REPA's numbers need --sampler sde with 250")
+        help="by default 50, 40 for edm, or 1 for mean; REPA's numbers need --sampler sde with 250")
     add("--cfg", type=number(float, 1), default=1.0,
         help="scale of the guidance; 1 means that there is none")
     add("--interval", type=number(float, 0), nargs=2, metavar=("LOW", "HIGH"),
@@ -490,7 +519,7 @@ def prepare(args, device):
         if control not in ("empirical", "none"):
             raise UserError(f"--control {args.control}: the model was trained without --control")
         control = "none"
-    check_guidance(args, model, checkpoint, control)
+    check_guidance(args, model, checkpoint, control, sampler)
     vae = args.vae or data["vae"]
     autoencoder = fitting_autoencoder(vae, checkpoint, device)
     if args.compile:
@@ -535,7 +564,7 @@ def load_guide(args, model, config, device):
     return guide
 
 
-def check_guidance(args, model, checkpoint, control):
+def check_guidance(args, model, checkpoint, control, sampler):
     """Refuses guidance that the model was not trained for."""
     if args.control_cfg is not None:
         dropped = checkpoint["args"].get("control_drop") != 0
@@ -544,6 +573,18 @@ def check_guidance(args, model, checkpoint, control):
                 "--control-cfg: needs training with --control and --control-drop, and no --guide"
             )
     guidance = args.cfg > 1 or args.control_cfg is not None
+    trained = checkpoint["args"]
+    null_weight = 1 - trained.get("omega", 1) - trained.get("kappa", 0)  # see train_meanflow.py
+    if args.cfg > 1 and abs(null_weight) > 1e-6:
+        raise UserError(
+            f"--cfg {args.cfg:g}: this model was trained towards guided samples (--omega, --kappa),"
+            " and would be guided twice; leave --cfg out"
+        )
+    if guidance and sampler == "mean":
+        raise UserError(
+            f"--cfg {args.cfg:g}: sampler mean cannot be guided, because guidance mixes velocities"
+            " and not their means; add --sampler ode"
+        )
     if guidance and not args.guide and not model.y_embedder.dropout_prob:
         raise UserError(
             f"--cfg {args.cfg:g}: the model has no null class (no label dropout in training)"

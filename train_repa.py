@@ -3,12 +3,12 @@
     x_t = (1 - t) x + t eps,   t ~ U[0, 1)                  t = 0 is data, t = 1 is noise
     L      = L_fm + lambda L_repa
     L_fm   = |v(x_t, t, y) - (eps - x)|^2                   mean over batch, channels and pixels
-    L_repa = - mean cos(h(tokens of block d), z)            mean over encoders, batch and tokens
+    L_repa = - mean cos(h(tokens of block d), z)            mean over batch, tokens, encoders, d
 
     x    latent, drawn anew from the VAE's posterior        z       `targets`, of the clean image
     eps  noise                                              h       `projectors`, an MLP per encoder
     v    `model`, a DiT from dit.py                         d       --repa-depth, counted from 1
-    y    class label, dropped with probability 0.1          lambda  --repa-weight (0: a plain SiT)
+    y    class label, sometimes dropped (--label-drop)      lambda  --repa-weight (0: a plain SiT)
 
 Commands
     python train_repa.py --digits                           two minutes on a laptop
@@ -23,7 +23,7 @@ Shapes in the right margin: N batch, C, H, W of the latents, T tokens, D width, 
 
 from copy import deepcopy
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +83,11 @@ def parse_args(argv=None):
         help="largest norm of the gradient; 0 switches clipping off")
     add("--ema", type=number(float, 0, below=1), default=0.9999,
         help="decay of the averaged weights, per step")
+    add("--label-drop", type=number(float, 0, below=1), default=0.1,
+        help="probability of replacing the label of an image by the null class, for guidance")
+    add("--time-normal", type=number(float, -20, 20), nargs=2, metavar=("MEAN", "STD"),
+        help="train with logit t ~ N(MEAN, STD^2) (default: t is uniform); SD-DiT: ln sigma ~"
+             " N(MEAN, STD^2), by default -1.2 1.2")
     add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32",
         help="precision of the network (on CUDA, fp32 products use TF32); weights and optimiser are"
              " always fp32")
@@ -111,7 +116,7 @@ def parse_args(argv=None):
         help="a value above 1 shifts the training times towards noise, for a higher resolution"
              " (default: 1, or with --init the ratio of the sides)")
 
-    digits = {  # defaults that --digits replaces
+    digits = {  # --digits puts these in place of the defaults
         "data": "features/digits",
         "out": f"runs/{NAME}-digits",
         "model": "nano/2",
@@ -126,9 +131,9 @@ def parse_args(argv=None):
     add = parser.add_argument_group("repa").add_argument
     add("--repa-weight", type=number(float, 0), default=0.5,
         help="lambda; 0 trains the plain SiT and reads no targets")
-    add("--repa-depth", type=number(int, 1),
-        help="block whose tokens are aligned, counted from 1 (default: 8 for L and XL, 2 for nano,"
-             " and 4 for S and B, as the authors say in issue 5 of REPA's repository)")
+    add("--repa-depth", type=number(int, 1), nargs="+", metavar="BLOCK",
+        help="block whose tokens are aligned, counted from 1, or several (default: 8 for L and XL,"
+             " 2 for nano, and 4 for S and B, as the authors say in issue 5 of REPA's repository)")
     digits["repa_weight"] = 2.0  # with HOG targets, the weight 0.5 has almost no effect
     # <<< repa
     if parser.parse_known_args(argv)[0].digits:  # a first pass, to see this one flag
@@ -140,7 +145,8 @@ def parse_args(argv=None):
 def repa_loss(projected, targets):
     """L_repa = - mean cos(h(tokens), z) (arXiv 2410.06940), an fp32 scalar from -1 to 1.
 
-    projected: the h(tokens), a list of [N, T, E] with one entry per encoder; targets: z, likewise.
+    projected: the h(tokens), a list of [N, T, E] with one entry per block and encoder; targets: the
+    z that belong to them.
     """
     cosines = []
     for h_tokens, z in zip(projected, targets, strict=True):
@@ -165,31 +171,41 @@ def projector(width, target_width, hidden):
 
 
 class Alignment(nn.Module):
-    """Holds the projectors h and computes L_repa for the tokens of block `depth`.
+    """Holds the projectors h and computes L_repa for the tokens of the blocks `depths`.
 
+    Every block has a projector of its own for every encoder; those of the first block come first.
     meta: meta.json of the cache, which knows the width of each encoder. Raises UserError if the
     model has no such block.
     """
 
-    def __init__(self, model, depth, meta):
+    def __init__(self, model, depths, meta):
         super().__init__()
-        if depth > len(model.blocks):
-            raise UserError(f"--repa-depth {depth}: the model has blocks 1 to {len(model.blocks)}")
+        if max(depths) > len(model.blocks):
+            raise UserError(f"--repa-depth {max(depths)}: the model has {len(model.blocks)} blocks")
         hidden = 2048
         if model.hidden_size < 384:  # nano, which is no size of the paper
             hidden = 4 * model.hidden_size
         self.target_widths = meta["target_widths"]
         self.projectors = nn.ModuleList()
-        for target_width in self.target_widths:
-            self.projectors.append(projector(model.hidden_size, target_width, hidden))
+        for _ in depths:
+            for target_width in self.target_widths:
+                self.projectors.append(projector(model.hidden_size, target_width, hidden))
 
-    def forward(self, tokens, targets):                              # [N, T, D], [N, T, sum of E]
-        projected = [h(tokens) for h in self.projectors]             # [N, T, E] each
-        return repa_loss(projected, targets.split(self.target_widths, dim=-1))
+    def forward(self, block_tokens, targets):
+        """Returns L_repa. block_tokens: [N, T, D] of each block; targets [N, T, sum of E]."""
+        projectors = iter(self.projectors)
+        projected = []
+        z = []
+        for tokens in block_tokens:                                  # [N, T, D]
+            for encoder_tokens in targets.split(self.target_widths, dim=-1):
+                h = next(projectors)
+                projected.append(h(tokens))                          # [N, T, E]
+                z.append(encoder_tokens)                             # [N, T, E]
+        return repa_loss(projected, z)
 
     def flops(self, num_tokens):
         """Returns the FLOPs of the forward pass for one image with num_tokens tokens."""
-        weights = sum(p.numel() for p in self.projectors.parameters() if p.ndim == 2)
+        weights = sum(p.numel() for p in self.projectors.parameters() if p.ndim > 1)
         return 2 * num_tokens * weights
 
 
@@ -198,25 +214,24 @@ class Objective(nn.Module):
 
     def __init__(self, model, args, meta):
         super().__init__()
-        size = args.model.split("/")[0]
         self.model = model
+        self.time_normal = args.time_normal
         self.repa_weight = args.repa_weight
         self.alignment = None
         self.aligned_blocks = []
         if self.repa_weight > 0:
+            size = args.model.split("/")[0]
             default = {"nano": 2, "S": 4, "B": 4, "L": 8, "XL": 8}[size]
-            depth = args.repa_depth or default
-            self.alignment = Alignment(model, depth, meta)
-            self.aligned_blocks = [depth]
+            self.aligned_blocks = args.repa_depth or [default]
+            self.alignment = Alignment(model, self.aligned_blocks, meta)
 
-    def forward(self, x, y, t, eps, drop, targets=None, control=None):
+    def forward(self, x, y, u, eps, drop, targets=None, control=None):
         """Returns a dict of scalar tensors: `loss` is minimised, and all are logged.
 
-        x, eps [N, C, H, W]; y [N]; t [N], uniform in [0, 1); drop [N], true where the label is
+        x, eps [N, C, H, W]; y [N]; u [N], uniform in [0, 1); drop [N], true where the label is
         dropped; targets [N, T, sum of E]; control [N, 7], see dit.ControlEmbedder.
         """
-        # for another distribution of times, change this line; without --time-shift it does nothing
-        t = dit.shift_time(t, self.model.time_shift)
+        t = dit.training_time(u, self.time_normal, self.model.time_shift)  # by default, u itself
         t_image = t.view(-1, 1, 1, 1)
         x_t = (1 - t_image) * x + t_image * eps                      # [N, C, H, W]
         v, block_tokens = self.model(
@@ -225,17 +240,19 @@ class Objective(nn.Module):
         loss_fm = F.mse_loss(v.float(), eps - x)
         if self.alignment is None:
             return {"loss": loss_fm, "loss_fm": loss_fm}
-        loss_repa = self.alignment(block_tokens[0], targets)
+        loss_repa = self.alignment(block_tokens, targets)
         loss = loss_fm + self.repa_weight * loss_repa
         return {"loss": loss, "loss_fm": loss_fm, "loss_repa": loss_repa}
 
     def flops(self, config):
-        """Returns the FLOPs of a training step per image: three times those of a forward pass."""
+        """Returns the FLOPs of a training step per image. Backward costs two times forward."""
         forward = dit.forward_flops(config)
         if self.alignment is not None:
             forward += self.alignment.flops(self.model.grid**2)
         return 3 * forward
 
+
+# ---- a monitor: how well the tokens of each block agree with the targets
 
 NEIGHBOURS = 10
 
@@ -243,8 +260,8 @@ NEIGHBOURS = 10
 def cknna(f, g, k=NEIGHBOURS):
     """Measures how well features f [n, D] and g [n, E] of n images agree (arXiv 2405.07987).
 
-    The kernels hold cosines, centered by row, and are 0 unless j is among the k nearest neighbours
-    of i. Returns their normalised inner product: a float, 1 if they agree.
+    Entry (i, j) of a kernel is the cosine of images i and j, minus the mean of row i, but 0 if j is
+    not among the k nearest neighbours of i. Returns the cosine of the kernels: 1 if they agree.
     """
 
     def local_kernel(features):
@@ -258,8 +275,7 @@ def cknna(f, g, k=NEIGHBOURS):
     # both kernels are zero outside the neighbours, so their product keeps the common neighbours
     kernel_f = local_kernel(f)
     kernel_g = local_kernel(g)
-    norm = (kernel_f.square().sum() * kernel_g.square().sum()).sqrt()
-    return ((kernel_f * kernel_g).sum() / norm).item()
+    return ((kernel_f * kernel_g).sum() / (kernel_f.norm() * kernel_g.norm())).item()
 
 
 @torch.no_grad()
@@ -271,19 +287,20 @@ def mean_tokens(model, cache, batch, t):
     times = torch.full((len(x),), t).to(x)
     blocks = range(1, len(model.blocks) + 1)
     means = []
-    for rows in torch.arange(len(x), device=x.device).split(32):  # bounds the memory
+    for start in range(0, len(x), 32):  # in parts, because the tokens of all blocks take memory
+        rows = slice(start, start + 32)
         y = batch["y"][rows]
         control = batch["control"][rows] if "control" in batch else None
-        _, tokens = model(x_t[rows], times[rows], y, control=control, return_blocks=blocks)
-        means.append(torch.stack([block.mean(1) for block in tokens]))  # [L, rows, D]
+        _, block_tokens = model(x_t[rows], times[rows], y, control=control, return_blocks=blocks)
+        means.append(torch.stack([tokens.mean(1) for tokens in block_tokens]))  # [L, rows, D]
     return torch.cat(means, dim=1)
 
 
 def report_cknna(model, cache, device):
     """Returns {"cknna": {t: [value by block]}} of mean tokens and mean targets of 256 fixed images.
 
-    The dict is empty without targets, for too few images, or for int8 targets, which have lost the
-    norms of the tokens.
+    The dict is empty if the cache has no targets or at most 10 images. It is also empty for int8
+    targets, which have lost the norms of the tokens: a mean over tokens needs them.
     """
     float_targets = "targets" in cache.names and cache.meta["target_dtype"] == "float16"
     if not float_targets or len(cache.labels) <= NEIGHBOURS:
@@ -301,8 +318,8 @@ def report_cknna(model, cache, device):
 def step_generator(seed, step, device):
     """Returns the generator that one step draws all its random numbers from.
 
-    PyTorch's generator for CPUs keeps 32 bits of a seed, so a few of 400,000 steps may repeat
-    another's noise. For training this is harmless; sample.py uses NumPy's generators instead.
+    A CPU generator keeps 32 bits of its seed, so a few of 400,000 steps may share their noise. That
+    does no harm.
     """
     stream = files.random_stream("step", seed, step)
     return torch.Generator(device).manual_seed(int(stream.integers(2**63)))
@@ -312,30 +329,30 @@ def data_order(dataset_size, views, global_batch, mine, seed, start):
     """Yields for each step, from `start` on, the indices of the images that this process trains on.
 
     mine: the slice of the global batch that is this process's. An epoch is a permutation of the
-    images, each in one of its views: view v of image i has the index i * views + v. The incomplete
+    images, each in one of its views: view v of image n has the index n * views + v. The incomplete
     batch at the end of an epoch is dropped.
     """
     steps_per_epoch = dataset_size // global_batch
     for step in count(start):
-        epoch, i = divmod(step, steps_per_epoch)
-        if i == 0 or step == start:  # a new epoch, or a resumed run
+        epoch, k = divmod(step, steps_per_epoch)
+        if k == 0 or step == start:  # a new epoch, or a resumed run
             rng = files.random_stream("epoch", seed, epoch)
-            image = rng.permutation(dataset_size)
-            view = rng.integers(views, size=dataset_size)
-            epoch_order = image * views + view
-        batch = epoch_order[i * global_batch : (i + 1) * global_batch]
+            image_order = rng.permutation(dataset_size)
+            chosen_views = rng.integers(views, size=dataset_size)
+            epoch_order = image_order * views + chosen_views
+        batch = epoch_order[k * global_batch : (k + 1) * global_batch]
         yield batch[mine]
 
 
 def draw_noise(args, model, mine, step, device):
-    """Draws the noise of the global batch of one step, and returns this process's rows of it.
+    """Draws all random numbers of one step for the global batch, and returns this process's rows.
 
-    It depends on (seed, step) alone, so a resumed run continues exactly, with any number of
+    So they depend on (seed, step) alone, and a resumed run continues exactly, with any number of
     processes. A method draws its own noise last, so that all methods share the rest.
     """
     generator = step_generator(args.seed, step, device)
     side = model.grid * model.patch_size
-    latents = (args.batch_size, model.in_channels, side, side)
+    latent_shape = (args.batch_size, model.in_channels, side, side)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator, device=device)
@@ -344,9 +361,9 @@ def draw_noise(args, model, mine, step, device):
         return torch.rand(*shape, generator=generator, device=device)
 
     noise = {
-        "vae_noise": normal(*latents),
-        "t": uniform(args.batch_size),
-        "eps": normal(*latents),
+        "vae_noise": normal(*latent_shape),
+        "u": uniform(args.batch_size),  # from which the method makes its times
+        "eps": normal(*latent_shape),
         "drop": uniform(args.batch_size) < model.y_embedder.dropout_prob,
     }
     if args.control != "none":
@@ -356,7 +373,7 @@ def draw_noise(args, model, mine, step, device):
 
 @torch.no_grad()
 def update_ema(ema, model, decay):
-    """Sets ema to decay ema + (1 - decay) model, for all parameters in one call."""
+    """ema <- decay ema + (1 - decay) model, in one call: this is faster than a loop."""
     torch._foreach_lerp_([*ema.parameters()], [*model.parameters()], 1 - decay)
 
 
@@ -380,12 +397,15 @@ def prepare(args, world):
         raise UserError(
             f"--batch-size {args.batch_size}: {args.data} has {len(cache.labels)} images"
         )
+    if args.time_normal and args.time_normal[1] <= 0:
+        raise UserError("--time-normal: the second number, STD, must be above 0")
 
     sizes = dit.parse_model(args.model)
     config = {
         **arch,
         **sizes,
         **cache.model_options(sizes["patch_size"]),
+        "class_dropout_prob": args.label_drop,
         "qk_norm": args.qk_norm,
         "class_tokens": args.class_tokens,
         "control": args.control,
@@ -398,7 +418,7 @@ def prepare(args, world):
     elif args.init:
         init, inherited = files.read_init(args.init, config)
         config |= inherited
-    # these flags win over --init; of a resumed run, read_run has checked that they are the same
+    # these flags win over what --init hands on; a resumed run cannot change them, see read_run
     if args.pos_base is not None:
         config["pos_base"] = args.pos_base
     if args.time_shift is not None:
@@ -438,8 +458,8 @@ def train(args):
     if checkpoint:
         step = checkpoint["step"]
         files.restore(checkpoint, objective, ema, optimizer)
-    del checkpoint, init  # they are mapped files, which this closes
-    files.require_same_step(step)
+    del checkpoint, init  # both are memory-mapped files, and this closes them
+    files.require_same_step(step)  # processes disagree if the nodes have no common disk
     if args.compile:
         files.compile_blocks(objective)
     if rank == 0:
@@ -463,13 +483,11 @@ def train(args):
     log = files.TrainingLog(args, step, rank, world, objective.flops(config))
     save = partial(files.save_run, args, config, cache, objective, ema, optimizer, __file__)
     batches = files.until_stopped(cache.loader(order, args.workers, device), log)
-    saved = True  # whether the newest checkpoint is up to date
+    saved = True  # there is no step yet that the newest checkpoint lacks
 
-    while step < args.steps:
-        # 1. data and noise
-        batch = next(batches, None)
-        if batch is None:  # a process got a signal, or its data failed
-            break
+    # the loop ends early after a signal or if the data fails; log.finish says so
+    for batch in islice(batches, max(args.steps - step, 0)):
+        # 1. data and noise: the arguments of Objective.forward
         batch |= draw_noise(args, model, mine, step, device)
         batch["x"] = cache.latents(batch.pop("moments"), batch.pop("vae_noise"))
         if args.control != "none":
@@ -479,7 +497,7 @@ def train(args):
         step_losses = 0
         for start in range(0, local_batch, micro_batch):
             part = {name: value[start : start + micro_batch] for name, value in batch.items()}
-            # DDP averages gradients only in the last micro-batch; a single process ignores this
+            # DDP averages the gradients once, in the last micro-batch; one process ignores this
             last = start + micro_batch == local_batch
             ddp_objective.require_backward_grad_sync = last
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -489,12 +507,12 @@ def train(args):
             step_losses = step_losses + values / accumulation
 
         # 3. optimiser step
-        warmup = min((step + 1) / max(args.warmup, 1), 1)
+        lr = args.lr * min((step + 1) / max(args.warmup, 1), 1)
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * warmup
+            group["lr"] = lr
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.clip or np.inf)
-        # fused AdamW skips the step where found_inf is 1, as GradScaler asks it to: unlike an `if`,
-        # this does not make the host wait for the GPU
+        # fused AdamW skips the step if found_inf is 1 (a flag that GradScaler sets, too); unlike an
+        # `if`, this does not make the CPU wait for the GPU
         optimizer.found_inf = (~grad_norm.isfinite()).float()
         optimizer.step()
         optimizer.zero_grad()
@@ -505,7 +523,7 @@ def train(args):
         log.add(losses.keys(), step_losses, grad_norm)
         log_now, save_now, preview_now = files.due(args, step)
         if log_now:
-            row = log.row(step, args.lr * warmup)
+            row = log.row(step, lr)
             # >>> repa
             if preview_now and rank == 0:
                 row |= report_cknna(ema, cache, device)
@@ -534,5 +552,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    files.catch_signals()
+    files.catch_signals()  # a signal ends the run after its step, with a checkpoint
     main()

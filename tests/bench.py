@@ -15,6 +15,7 @@ Parts are in ms. Variants take turns (A, B, A, B); shown are medians, `low` and 
 """
 
 import gc
+import importlib
 import io
 import json
 import os
@@ -40,11 +41,11 @@ import extract_features
 import fid
 import files
 import sample
-import train_diversedit
-import train_repa
 import train_sddit
 
-SCRIPTS = {"repa": train_repa, "diversedit": train_diversedit, "sddit": train_sddit}
+SCRIPTS = {}
+for name in ("repa", "diversedit", "sddit", "meanflow"):
+    SCRIPTS[name] = importlib.import_module(f"train_{name}")
 PARTS = ["data", "forward", "backward", "update"]
 WARM_UP = 5  # steps of each run that are not counted; the first one compiles
 CUDA = torch.cuda.is_available()

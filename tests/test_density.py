@@ -16,7 +16,7 @@ LAYOUT = {
 LOOPS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 DENSER = {"dit.py": 11.2, "fid.py": 11.2}  # networks and metrics: formulas are dense
 TOKENS = {"train_repa.py": 3_700}
-ALL_TOKENS = 40_200  # of the files that are not LATER
+ALL_TOKENS = 40_600  # of the files that are not LATER
 LATER = {"train_meanflow.py", "train_dit.py"}
 
 
@@ -97,12 +97,12 @@ def test_loop_fits_on_a_screen():
         (loop,) = [
             node
             for node in ast.walk(ast.parse(source))
-            if isinstance(node, ast.While) and ast.unparse(node.test) == "step < args.steps"
+            if isinstance(node, ast.For) and ast.unparse(node.iter).startswith("islice(batches")
         ]
         text = "\n".join(source.splitlines()[loop.lineno - 1 : loop.end_lineno]) + "\n"
         text = re.sub(r"^ *# >>> .*?# <<< \w+\n", "", text, flags=re.S | re.M)
         assert len(text.splitlines()) <= 55, path.name
-        sections = re.findall(r"^ *# (\d\. [^.\n]+)", text, flags=re.M)
+        sections = re.findall(r"^ *# (\d\. [^.:\n]+)", text, flags=re.M)
         expected = ["data and noise", "forward and backward", "optimiser step", "log", "save and preview"]
         assert sections == [f"{i}. {name}" for i, name in enumerate(expected, start=1)], path.name
         assert len(re.findall(r"\n\n *# \d\. ", text)) == 4, path.name

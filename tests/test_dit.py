@@ -5,6 +5,8 @@ import math
 
 import numpy as np
 import pytest
+import scipy.special
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from conftest import randomize
@@ -248,6 +250,8 @@ STEP_GFLOPS = [
     ("train_repa", "DiT", 3 * 2 * (118.6 + 256 * (1152 * 2048 + 2048**2 + 2048 * 768) / 1e9)),
     ("train_diversedit", "DiverseDiT", 3 * 2 * 128.1),
     ("train_sddit", "SDDiT", 863),
+    # forward and backward, two passes of the guidance, du/dt of a quarter of the rows
+    ("train_meanflow", "DiT", (3 + 2 + 0.25 * 2) * 2 * 118.6),
 ]
 
 
@@ -476,6 +480,17 @@ def test_qk_norm_is_in_every_block(arch, options):
     model = arch(**options, qk_norm=True)
     blocks = [block for block in model.modules() if isinstance(block, dit.DiTBlock)]
     assert all(isinstance(block.attn.q_norm, torch.nn.LayerNorm) for block in blocks)
+
+
+def test_training_time():
+    """Uniform as it comes; logit-normal against scipy's distribution; then shifted."""
+    u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    assert torch.equal(dit.training_time(u), u)
+    t = dit.training_time(u, (-0.4, 1.3))
+    logits = scipy.stats.norm(-0.4, 1.3).ppf(u.numpy())
+    torch.testing.assert_close(t, torch.from_numpy(scipy.special.expit(logits)))
+    assert torch.equal(dit.training_time(u, (-0.4, 1.3), 2.0), dit.shift_time(t, 2.0))
+    assert dit.training_time(torch.tensor([0.0, 1 - 2**-24]), (0.0, 1.0)).isfinite().all()
 
 
 def test_shift_time():

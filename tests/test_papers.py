@@ -13,7 +13,7 @@ from collections import defaultdict
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from conftest import ROOT, SCRIPTS
 
 import dit
 import extract_features
@@ -21,7 +21,6 @@ import fid
 import sample
 import train_diversedit
 import train_repa
-import train_sddit
 from tests import bench
 
 PAGE = (ROOT / "tests" / "results" / "papers.md").read_text()
@@ -69,11 +68,11 @@ repa-l-dino           extract_features  data=imagenet/train out=features/dino en
 repa-l-dino           train_repa        data=features/dino
 repa-l-mae            extract_features  data=imagenet/train out=features/mae encoder=MAE_L
 repa-l-mae            train_repa        data=features/mae
-repa-l-block-6        train_repa        data=features/dinov2l repa_depth=6
-repa-l-block-10       train_repa        data=features/dinov2l repa_depth=10
-repa-l-block-12       train_repa        data=features/dinov2l repa_depth=12
-repa-l-block-14       train_repa        data=features/dinov2l repa_depth=14
-repa-l-block-16       train_repa        data=features/dinov2l repa_depth=16
+repa-l-block-6        train_repa        data=features/dinov2l repa_depth=[6]
+repa-l-block-10       train_repa        data=features/dinov2l repa_depth=[10]
+repa-l-block-12       train_repa        data=features/dinov2l repa_depth=[12]
+repa-l-block-14       train_repa        data=features/dinov2l repa_depth=[14]
+repa-l-block-16       train_repa        data=features/dinov2l repa_depth=[16]
 
 sit-b                 train_repa        repa_weight=0
 sit-l                 train_repa        repa_weight=0
@@ -92,16 +91,16 @@ div-b                 sample            checkpoint=runs/div-b/0400000.pt sampler
 div-b                 fid               paths=["VIRTUAL_imagenet256_labeled.npz","div-b.npz","div-b-cfg.npz"]
 div-l                 train_diversedit
 div-xl                train_diversedit
-repa-b5               train_repa        repa_depth=5
+repa-b5               train_repa        repa_depth=[5]
 div-repa-b            train_diversedit  repa_weight=0.5
 div-repa-l            train_diversedit  repa_weight=0.5
 div-repa-xl           train_diversedit  repa_weight=0.5
-repa-b8               train_repa        repa_depth=8
-div-repa-b8           train_diversedit  repa_weight=0.5 repa_depth=8
-repa-l5               train_repa        repa_depth=5
-div-repa-l5           train_diversedit  repa_weight=0.5 repa_depth=5
-repa-xl5              train_repa        repa_depth=5
-div-repa-xl5          train_diversedit  repa_weight=0.5 repa_depth=5
+repa-b8               train_repa        repa_depth=[8]
+div-repa-b8           train_diversedit  repa_weight=0.5 repa_depth=[8]
+repa-l5               train_repa        repa_depth=[5]
+div-repa-l5           train_diversedit  repa_weight=0.5 repa_depth=[5]
+repa-xl5              train_repa        repa_depth=[5]
+div-repa-xl5          train_diversedit  repa_weight=0.5 repa_depth=[5]
 div-repa-xl-1m        train_diversedit  repa_weight=0.5 out=runs/div-repa-xl
 div-repa-xl-512-1m    train_diversedit  repa_weight=0.5 out=runs/div-repa-xl-512 data=features/imagenet512
 div-cfg-400k          sample            sampler=sde steps=250
@@ -119,7 +118,7 @@ sit-xl-512            train_repa        data=features/imagenet512 repa_weight=0
 div-b-512             train_diversedit  data=features/imagenet512
 div-l-512             train_diversedit  data=features/imagenet512
 div-xl-512            train_diversedit  data=features/imagenet512
-repa-b-512            train_repa        data=features/imagenet512 repa_depth=5
+repa-b-512            train_repa        data=features/imagenet512 repa_depth=[5]
 repa-l-512            train_repa        data=features/imagenet512
 repa-xl-512           train_repa        data=features/imagenet512
 div-repa-b-512        train_diversedit  data=features/imagenet512 repa_weight=0.5
@@ -143,16 +142,18 @@ div-l-15              train_diversedit  div_blocks=15
 div-l-20              train_diversedit  div_blocks=20
 div-l-24              train_diversedit  div_blocks=24
 a2-sit                train_repa        repa_weight=0 out=runs/sit-b
-a2-dinov2-5           train_repa        repa_depth=5 out=runs/repa-b5
-a2-dinov2-8           train_repa        repa_depth=8 out=runs/repa-b8
-a2-dinov2-10          train_repa        repa_depth=10
-a2-mae-5              train_repa        repa_depth=5 data=features/mae
-a2-mae-8              train_repa        repa_depth=8 data=features/mae
-a2-mae-10             train_repa        repa_depth=10 data=features/mae
+a2-dinov2-5           train_repa        repa_depth=[5] out=runs/repa-b5
+a2-dinov2-8           train_repa        repa_depth=[8] out=runs/repa-b8
+a2-dinov2-10          train_repa        repa_depth=[10]
+a2-dinov2-2-5-8       train_repa        repa_depth=[2,5,8]
+a2-dinov2-3-6-9       train_repa        repa_depth=[3,6,9]
+a2-mae-5              train_repa        repa_depth=[5] data=features/mae
+a2-mae-8              train_repa        repa_depth=[8] data=features/mae
+a2-mae-10             train_repa        repa_depth=[10] data=features/mae
 a2-both-5             extract_features  data=imagenet/train out=features/both encoder=BOTH
-a2-both-5             train_repa        repa_depth=5 data=features/both
-a2-both-8             train_repa        repa_depth=8 data=features/both
-a2-both-10            train_repa        repa_depth=10 data=features/both
+a2-both-5             train_repa        repa_depth=[5] data=features/both
+a2-both-8             train_repa        repa_depth=[8] data=features/both
+a2-both-10            train_repa        repa_depth=[10] data=features/both
 
 sddit-s               train_sddit
 sddit-b               train_sddit
@@ -193,6 +194,46 @@ cond-data             train_repa        repa_weight=0 control=cosine data=featur
                                         lr=5e-5 warmup=1000
 cond-beta2            train_repa        repa_weight=0 beta2=0.95
 
+mf-b                  train_meanflow    omega=1 kappa=0.5 guide_interval=[0,1]
+mf-m                  train_meanflow    omega=1 kappa=0.5 guide_interval=[0,1]
+mf-l                  train_meanflow    guide_interval=[0,0.8]
+mf-xl                 train_meanflow
+mf-xl                 sample            checkpoint=runs/mf-xl/1200000.pt
+mf-xl                 sample            checkpoint=runs/mf-xl/1200000.pt steps=2 out=mf-xl-2.npz
+mf-xl                 fid               paths=["VIRTUAL_imagenet256_labeled.npz","mf-xl.npz","mf-xl-2.npz"]
+mf-xl-plus            train_meanflow    omega=1 kappa=0.5 guide_interval=[0.3,0.8] keep_every=500000
+mf-b4                 train_meanflow    omega=1 kappa=0
+mf-b4-ratio-1         train_meanflow    omega=1 kappa=0 flow_ratio=1
+mf-b4-ratio-0.5       train_meanflow    omega=1 kappa=0 flow_ratio=0.5
+mf-b4-ratio-0         train_meanflow    omega=1 kappa=0 flow_ratio=0
+mf-b4-normal-0.2-1    train_meanflow    omega=1 kappa=0 time_normal=[-0.2,1]
+mf-b4-normal-0.2-1.2  train_meanflow    omega=1 kappa=0 time_normal=[-0.2,1.2]
+mf-b4-normal-0.4-1.2  train_meanflow    omega=1 kappa=0 time_normal=[-0.4,1.2]
+mf-b4-power-0         train_meanflow    omega=1 kappa=0 power=0
+mf-b4-power-0.5       train_meanflow    omega=1 kappa=0 power=0.5
+mf-b4-power-1.5       train_meanflow    omega=1 kappa=0 power=1.5
+mf-b4-power-2         train_meanflow    omega=1 kappa=0 power=2
+mf-b4-omega-1.5       train_meanflow    omega=1.5 kappa=0 guide_interval=[0,1]
+mf-b4-omega-2         train_meanflow    omega=2 kappa=0 guide_interval=[0,1]
+mf-b4-omega-3         train_meanflow    omega=3 kappa=0 guide_interval=[0,1]
+mf-b4-omega-5         train_meanflow    omega=5 kappa=0 guide_interval=[0,1]
+mf-b4-kappa-0.5       train_meanflow    omega=1 kappa=0.5 guide_interval=[0,1]
+mf-b4-kappa-0.8       train_meanflow    omega=0.4 kappa=0.8 guide_interval=[0,1]
+mf-b4-kappa-0.9       train_meanflow    omega=0.2 kappa=0.9 guide_interval=[0,1]
+mf-b4-kappa-0.95      train_meanflow    omega=0.1 kappa=0.95 guide_interval=[0,1]
+mf-b4-240             train_meanflow    omega=1 kappa=0.5 guide_interval=[0,1]
+mf-b4-240-plain       train_meanflow    omega=1 kappa=0
+imf-b                 train_meanflow    omega=1 kappa=0.5 guide_interval=[0,1] tangent=model
+imf-b-plain           train_meanflow    omega=1 kappa=0 tangent=model
+imf-xl                train_meanflow    tangent=model
+mf-b-400k             train_meanflow    omega=1 kappa=0.5 guide_interval=[0,1]
+mf-l-400k             train_meanflow    omega=1 kappa=0.5 guide_interval=[0,1]
+mf-xl-400k            train_meanflow    omega=1 kappa=0.5 guide_interval=[0,1]
+mf-div-b              train_meanflow    omega=1 kappa=0.5 guide_interval=[0,1] diverse=true
+mf-div-l              train_meanflow    omega=1 kappa=0.5 guide_interval=[0,1] diverse=true
+mf-div-xl             train_meanflow    omega=1 kappa=0.5 guide_interval=[0,1] diverse=true
+mf-div-xl-240         train_meanflow    diverse=true
+
 official-repa         sample            sampler=sde steps=250
 official-repa-cfg     sample            sampler=sde steps=250
 official-sit          sample            sampler=sde steps=250
@@ -211,9 +252,7 @@ SHORT = {
 }
 PROGRAMS = {  # with the shortest command of each, whose settings are its defaults
     "extract_features": (extract_features, "--data D --out O"),
-    "train_repa": (train_repa, ""),
-    "train_diversedit": (train_diversedit, ""),
-    "train_sddit": (train_sddit, ""),
+    **{f"train_{method}": (script, "") for method, script in SCRIPTS.items()},
     "sample": (sample, "C --out O.npz"),
     "fid": (fid, "A B"),
     "tests/bench": (bench, "train"),
@@ -232,6 +271,8 @@ TRAINING = {
     "init": None,
     "control": "none",
     "class_tokens": 0,
+    "label_drop": 0.1,
+    "time_normal": None,
 }
 DEFAULTS = {  # what the rows take for granted
     "extract_features": {
@@ -256,12 +297,28 @@ DEFAULTS = {  # what the rows take for granted
         **TRAINING,
         "steps": 2_400_000,
         "precision": "fp32",
+        "time_normal": [-1.2, 1.2],
         "mask_ratio": 0.2,
         "sd_weight": 1,
         "teacher_noise": 0.002,
         "tau_s": 0.1,
         "tau_t": [0.09, 0.099],
         "teacher_momentum": [0.996, 0.999],
+    },
+    "train_meanflow": {
+        **TRAINING,
+        "steps": 1_200_000,
+        "precision": "fp32",
+        "beta2": 0.95,
+        "clip": 0,
+        "time_normal": [-0.4, 1],
+        "flow_ratio": 0.75,
+        "omega": 0.2,
+        "kappa": 0.92,
+        "guide_interval": [0, 0.75],
+        "power": 1,
+        "tangent": "data",
+        "diverse": False,
     },
     "sample": {
         "cfg": 1,
@@ -429,7 +486,7 @@ def test_blocks_that_the_rows_name(size, repa, diversedit):
         objective = train_repa.Objective(model, train_repa.parse_args(flags), meta)
         assert objective.aligned_blocks == [repa]
         objective = train_diversedit.Objective(model, train_diversedit.parse_args(flags), meta)
-        assert objective.repa_depth == diversedit
+        assert objective.aligned_blocks == [diversedit]
 
 
 def test_what_a_command_reads_another_one_writes():

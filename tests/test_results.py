@@ -77,12 +77,13 @@ def test_the_readme_shows_the_diff():
 
 
 def test_a_row_runs_and_is_resumed(tmp_path, monkeypatch):
-    """Two steps of two rows, judged: the figures are there, and a second start trains nothing."""
+    """Two steps of three rows, judged: the figures are there, and a second start trains nothing."""
     flags = "--digits --steps 2 --batch-size 16 --log-every 1 --lr 0.02"
     monkeypatch.setattr(digits, "STEPS", (1, 2))
     monkeypatch.setattr(digits, "SAMPLES", 20)
     rows = {"a": ("A", None, f"train_repa.py {flags} --repa-weight 0")}
     rows["b"] = "B", "a", f"train_repa.py {flags}"
+    rows["c"] = "C", "a", f"train_meanflow.py {flags}"
     monkeypatch.setattr(digits, "ROWS", rows)
     extract_features.extract_digits(tmp_path / "digits", rank=0, world=1, device="cpu")
     results = []
@@ -96,8 +97,11 @@ def test_a_row_runs_and_is_resumed(tmp_path, monkeypatch):
     assert [point["step"] for point in results[0]["points"]] == [1, 2]
     assert results[0]["points"][1]["fd"] > results[0]["floor"] > 0
     assert results[0]["points"] != results[1]["points"]
+    assert "evaluations" not in results[0] and results[2]["evaluations"].keys() == {"1", *digits.MORE}
+    assert results[2]["evaluations"]["1"] == results[2]["points"][1]["fd"]
+    assert len(set(results[2]["evaluations"].values())) == 5
     text = digits.table([*results, *(result | {"seed": 1} for result in results)])
-    assert "B - A" in text and text.count("| A |") == 3
+    assert "B - A" in text and text.count("| A |") == 3 and text.count("| C |") == 4
     digits.draw_samples(tmp_path, 0, tmp_path / "samples.png")
     assert (tmp_path / "samples.png").stat().st_size > 1000
 
