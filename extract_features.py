@@ -73,379 +73,400 @@ from tqdm import tqdm
 import files
 from files import COUNT, UserError, explaining, number
 
-# ---- views of an image
-
-MOST_PIXELS = 2**28  # of a scaled image, which must fit into memory
+# ---- one batch: pixels -> latents and targets
 
 
-def center_crop(image, size):
-    """Returns the centered `size` x `size` square of a PIL image, as ADM does (arXiv 2105.05233).
+def encode(batch, pixels, autoencoder, encoder, target_dtype):
+    """uint8 pixels [n, V, 3, S, S] of the images in range `batch` -> their moments and targets.
 
-    It halves the image with BOX while the short side is at least 2 size, scales that side to `size`
-    with BICUBIC, and crops. Raises ValueError if a narrow image would become larger than memory.
+    Raises UserError if they are not finite.
     """
-    while min(image.size) >= 2 * size:
-        half = (image.width // 2, image.height // 2)
-        image = image.resize(half, Image.Resampling.BOX)
-    scale = size / min(image.size)
-    width = round(image.width * scale)
-    height = round(image.height * scale)
-    if width * height > MOST_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels become {width} x {height}")
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left = (width - size) // 2
-    top = (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    x = pixels.flatten(0, 1)                                         # [n V, 3, S, S]
+    mean, std = autoencoder.encode(x.float() / 127.5 - 1)
+    rows = {"moments": torch.cat([mean, std], dim=1).half()}         # [n V, 2C, h, w]
+    if encoder.widths:
+        rows["targets"] = encoder(x)                                 # [n V, T, E]
+        if target_dtype == "float16":
+            rows["targets"] = rows["targets"].half()
+    for name, values in rows.items():
+        if not values.isfinite().all():
+            raise UserError(
+                f"{name} of images {batch[0]} to {batch[-1]} are not finite;"
+                " are the weights of the network damaged?"
+            )
+    if encoder.widths and target_dtype == "int8":
+        rows["targets"] = to_int8(rows["targets"])
+    return {name: values.unflatten(0, pixels.shape[:2]).cpu() for name, values in rows.items()}
 
 
-def image_views(image, size, flip, crops, rng):
-    """Returns the views of a PIL image, uint8 [V, 3, size, size], and their control, int32 [V, 7].
+def to_int8(targets):
+    """Scales tokens [..., E] to fill int8.
 
-    Random squares have 0.4 to 1 times the area of the centered one (arXiv 2411.03177; 0.4 is ours).
-    With `flip`, half of them are mirrored. Boxes are in pixels of the image before it is mirrored.
+    Scaling keeps the direction, which is all that REPA's loss sees.
     """
-    w0, h0 = image.size
-    short = min(w0, h0)
-    top = (h0 - short) // 2
-    left = (w0 - short) // 2
-    center = np.asarray(center_crop(image, size))                    # [size, size, 3]
-    pixels = [center]
-    control = [(h0, w0, top, left, short, short, False)]
-    if flip:
-        pixels.append(center[:, ::-1])
-        control.append((h0, w0, top, left, short, short, True))
-    for _ in range(crops):
-        side = max(1, round(short * rng.uniform(0.4, 1) ** 0.5))
-        top = rng.integers(h0 - side, endpoint=True)
-        left = rng.integers(w0 - side, endpoint=True)
-        square = image.crop((left, top, left + side, top + side))
-        square = np.asarray(center_crop(square, size))
-        mirrored = flip and rng.random() < 0.5
-        if mirrored:
-            square = square[:, ::-1]
-        pixels.append(square)
-        control.append((h0, w0, top, left, side, side, mirrored))
-    return np.stack(pixels).transpose(0, 3, 1, 2), np.array(control, dtype=np.int32)
+    largest = targets.abs().amax(-1, keepdim=True).clamp(min=1e-12)
+    return (targets / largest * 127).round().to(torch.int8)
 
 
-# ---- autoencoders: pixels in [-1, 1] <-> latents
-#
-# The networks are written out here to avoid a dependency on diffusers. Their attributes have its
-# names, so that its weight files load.
+# ---- the reader of a cache
+
+TABLE_ROWS = 50  # images per class in control_table: 1.4 MB in a checkpoint of 1,000 classes
 
 
-class Pixels:
-    """`--vae none`: the pixels are the latents, mean = pixel, standard deviation = 0."""
+class CachedFeatures(Dataset):
+    """A cache, mapped into memory: item i is view i % V of image i // V.
 
-    channels = 3
-    downsampling = 1
-    scale = 1.0
-    shift = 0.0
-
-    def encode(self, images):                                        # [N, 3, H, W]
-        return images, torch.zeros_like(images)
-
-    def decode(self, latents):
-        return latents
-
-
-def group_norm(channels, groups):
-    return nn.GroupNorm(groups, channels, eps=1e-6)
-
-
-def conv3(c_in, c_out):
-    return nn.Conv2d(c_in, c_out, 3, padding=1)
-
-
-def conv1(c, wanted):
-    return nn.Conv2d(c, c, 1) if wanted else nn.Identity()
-
-
-class ResnetBlock(nn.Module):
-    def __init__(self, c_in, c_out, groups):
-        super().__init__()
-        self.norm1 = group_norm(c_in, groups)
-        self.conv1 = conv3(c_in, c_out)
-        self.norm2 = group_norm(c_out, groups)
-        self.conv2 = conv3(c_out, c_out)
-        self.conv_shortcut = nn.Identity()
-        if c_in != c_out:
-            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
-
-    def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.conv_shortcut(x) + h
-
-
-class AttentionBlock(nn.Module):
-    """Self-attention over all positions, with one head."""
-
-    def __init__(self, c, groups):
-        super().__init__()
-        self.group_norm = group_norm(c, groups)
-        self.to_q = nn.Linear(c, c)
-        self.to_k = nn.Linear(c, c)
-        self.to_v = nn.Linear(c, c)
-        self.to_out = nn.Sequential(nn.Linear(c, c))
-
-    def forward(self, x):
-        h = self.group_norm(x).flatten(2).mT.unsqueeze(1)            # [N, 1, H W, C]
-        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
-        return x + self.to_out(h).squeeze(1).mT.reshape(x.shape)
-
-
-class Level(nn.Module):
-    """Residual blocks, then a change of the resolution by what is in downsamplers or upsamplers.
-
-    Self-attention follows each of the first `num_attentions` residual blocks.
+    meta: meta.json, and the entries `images` (their number) and `empty_classes` (indices); labels:
+    int64 [images]; views: V; names: the tensors that are read.
+    Raises UserError unless `path` holds a complete cache, with targets if they are wanted.
     """
 
-    def __init__(self, c_in, c_out, depth, num_attentions, groups):
-        super().__init__()
-        self.resnets = nn.ModuleList()
-        self.attentions = nn.ModuleList()
-        for i in range(depth):
-            self.resnets.append(ResnetBlock(c_in, c_out, groups))
-            c_in = c_out
-            if i < num_attentions:
-                self.attentions.append(AttentionBlock(c_out, groups))
-        self.downsamplers = nn.Sequential()
-        self.upsamplers = nn.Sequential()
+    def __init__(self, path, targets=True, control=True):
+        self.opened = (path, targets, control)
+        self.meta = read_meta(Path(path))
+        self.views = self.meta["views"]
+        self.names = ["moments", "labels"]
+        if control:
+            self.names.append("control")
+        if targets:
+            self.names.append("targets")
+            if not self.meta["target_widths"]:
+                raise UserError(f"{path}: the cache has no targets; extract it with an --encoder")
 
-    def forward(self, x):
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(x)
-            if i < len(self.attentions):
-                x = self.attentions[i](x)
-        return self.upsamplers(self.downsamplers(x))
+        self.shards = []  # a dict of arrays for each file, in which every view has its row
+        for indices in split(range(self.meta["count"]), self.meta["shard"]):
+            tensors = open_shard(shard_file(path, indices.start), self.meta)
+            tensors["labels"] = tensors["labels"].view(-1, 1).expand(-1, self.views)
+            self.shards.append({name: tensors[name].flatten(0, 1).numpy() for name in self.names})
+        sizes = [len(shard["labels"]) for shard in self.shards]
+        self.starts = np.cumsum(sizes) - sizes  # the first item of each file
+        self.labels = np.concatenate([shard["labels"][:: self.views] for shard in self.shards])
+        # what the files say beyond meta.json: the number of readable images, classes without one
+        self.meta["images"] = len(self.labels)
+        classes = range(len(self.meta["classes"]))
+        self.meta["empty_classes"] = np.setdiff1d(classes, self.labels).tolist()
+
+    def loader(self, order, workers=None, device=None):
+        """Yields a batch on `device` for each array of indices in `order`.
+
+        A batch is a dict of tensors: moments [N, 2C, h, w] float16, y [N] (the labels) and, where
+        asked for, targets [N, T, E] and control [N, 7]. workers: processes that read ahead, by
+        default 4 for targets and none for latents alone. Raises UserError if one of them dies.
+        """
+        if workers is None:
+            workers = min(4, os.cpu_count()) if "targets" in self.names else 0
+        pin = torch.device(device or "cpu").type == "cuda"
+        options = {"batch_sampler": order, "collate_fn": to_batch, "pin_memory": pin}
+        for batch in files.read_ahead(self, workers, **options):
+            yield {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+
+    def latents(self, moments, vae_noise=0):
+        """Returns a model's latents from moments [N, 2C, h, w] and vae_noise [N, C, h, w].
+
+        The noise 0 gives the mean.
+        """
+        mean, std = moments.float().chunk(2, dim=1)
+        shift = per_channel(self.meta["latent_shift"], mean)
+        scale = per_channel(self.meta["latent_scale"], mean)
+        return (mean + std * vae_noise - shift) * scale
+
+    def model_options(self, patch):
+        """Returns keywords of a model for this cache: input_size, in_channels, num_classes.
+
+        Raises UserError if its patches do not fit the latents, or its tokens the targets.
+        """
+        side = self.meta["latent_side"]
+        grid = self.meta["grid"]
+        if side % patch:
+            fitting = [str(p) for p in range(1, side + 1) if side % p == 0]
+            raise UserError(
+                f"patch {patch} does not divide latents of {side} x {side}:"
+                f" train with --model SIZE/P, where P is one of {', '.join(fitting)}"
+            )
+        if "targets" in self.names and side // patch != grid:
+            raise UserError(
+                f"the cache has {grid}x{grid} targets, the model has patch {patch}:"
+                f" train with --model SIZE/{side // grid}, or extract with --patch {patch}"
+            )
+        return {
+            "input_size": side,
+            "in_channels": self.meta["latent_channels"],
+            "num_classes": len(self.meta["classes"]),
+        }
+
+    def fixed_batch(self, count, device=None):
+        """Returns a batch (see loader): first views of `count` images, spread over the classes."""
+        by_class = np.argsort(self.labels, kind="stable")
+        images = by_class[spread(min(count, len(by_class)), len(by_class))]
+        batch = to_batch(self.__getitems__(images * self.views))
+        return {name: value.to(device) for name, value in batch.items()}
+
+    @cached_property
+    def control_table(self):
+        """int32 [classes, 50, 7]: control of 50 images of each class, centered and not mirrored.
+
+        They are evenly spread over a class, and repeated if it has fewer. A class without images
+        has zeros (no control). It is None if control is not read.
+        """
+        if "control" not in self.names:
+            return None
+        table = torch.zeros(len(self.meta["classes"]), TABLE_ROWS, 7, dtype=torch.int32)
+        for label in np.unique(self.labels):
+            images = np.flatnonzero(self.labels == label)
+            images = images[spread(TABLE_ROWS, len(images))]
+            chosen = self.__getitems__(images * self.views, ["control"])
+            table[label] = torch.from_numpy(chosen["control"])
+        return table
+
+    def __len__(self):
+        return len(self.labels) * self.views
+
+    def __getitems__(self, indices, names=None):
+        """Returns a dict of arrays with a row for each index: `names`, or all that are read."""
+        indices = np.asarray(indices)
+        batch = {}
+        for name in names or self.names:
+            array = self.shards[0][name]
+            batch[name] = np.empty((len(indices), *array.shape[1:]), array.dtype)
+
+        shards = np.searchsorted(self.starts, indices, side="right") - 1
+        rows = indices - self.starts[shards]  # inside the file
+        for i in np.argsort(indices):  # in the order of the files, which is the fastest to read
+            shard = self.shards[shards[i]]
+            for name, array in batch.items():
+                array[i] = shard[name][rows[i]]
+        return batch
+
+    def __reduce__(self):
+        return CachedFeatures, self.opened  # a spawned process opens the files again
 
 
-# The networks below are nn.Sequential: they apply their attributes in the order of assignment.
+def to_batch(arrays):
+    """Arrays of CachedFeatures -> tensors, under the names that training scripts use."""
+    batch = default_convert(arrays)
+    batch["y"] = batch.pop("labels")
+    return batch
 
 
-def downsample(c):
-    layer = nn.Sequential()
-    layer.pad = nn.ZeroPad2d((0, 1, 0, 1))
-    layer.conv = nn.Conv2d(c, c, 3, stride=2)
-    return layer
+def spread(count, total):
+    """Returns `count` indices that are evenly spread over `total` places."""
+    return np.linspace(0, total - 1, count).astype(int)
 
 
-def upsample(c):
-    layer = nn.Sequential()
-    layer.upsample = nn.Upsample(scale_factor=2.0)
-    layer.conv = conv3(c, c)
-    return layer
+# ---- extraction, from run() downwards
 
 
-def levels(widths, types, depth, groups):
-    """Returns a level of `depth` residual blocks for each width, of a type as in config.json.
-
-    The last level does not change the resolution.
-    """
-    blocks = nn.Sequential()
-    c_in = widths[0]
-    for c_out, block_type in zip(widths, types, strict=True):
-        num_attentions = depth if "Attn" in block_type else 0
-        level = Level(c_in, c_out, depth, num_attentions, groups)
-        if len(blocks) < len(widths) - 1:
-            if "Down" in block_type:
-                level.downsamplers.append(downsample(c_out))
-            else:
-                level.upsamplers.append(upsample(c_out))
-        blocks.append(level)
-        c_in = c_out
-    return blocks
-
-
-def conv_network(c_in, widths, c_out, groups, **middle):
-    """Returns a network: convolution, the `middle` modules in their order, convolution."""
-    network = nn.Sequential()
-    network.conv_in = conv3(c_in, widths[0])
-    for name, module in middle.items():
-        network.add_module(name, module)
-    network.conv_norm_out = group_norm(widths[-1], groups)
-    network.act = nn.SiLU()
-    network.conv_out = conv3(widths[-1], c_out)
-    return network
-
-
-STABLE_DIFFUSION = {  # entries of config.json, and what holds where one of them is missing
-    "_class_name": "AutoencoderKL",
-    "act_fn": "silu",
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "norm_num_groups": 32,
-    "mid_block_add_attention": True,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
-    "shift_factor": 0.0,
-}
-UNDERSTOOD = {  # values that are implemented, see files.fits
-    "_class_name": {"AutoencoderKL"},
-    "act_fn": {"silu"},
-    "down_block_types": [{"DownEncoderBlock2D", "AttnDownEncoderBlock2D"}],
-    "up_block_types": [{"UpDecoderBlock2D", "AttnUpDecoderBlock2D"}],
-    "scaling_factor": files.PER_CHANNEL,
-    "shift_factor": files.PER_CHANNEL,
-}
-
-
-def complete_config(entries):
-    """Returns all entries that an AutoencoderKL needs, from those of its config.json.
-
-    Raises ValueError if one is not implemented, or if the scale of the latents is not known.
-    """
-    config = STABLE_DIFFUSION | entries
-    config["shift_factor"] = config["shift_factor"] or 0.0  # null is 0
-    if config.get("latents_std"):
-        # official code: a pipeline of diffusers also multiplies by scaling_factor, REPA-E's code
-        # does not / here: as in REPA-E's, because models expect a standard deviation near 1
-        config["shift_factor"] = config["latents_mean"]
-        config["scaling_factor"] = [1 / std for std in config["latents_std"]]
-    elif STABLE_DIFFUSION == {name: config[name] for name in STABLE_DIFFUSION}:
-        config.setdefault("scaling_factor", 0.18215)  # its config.json is older than this entry
-    files.expect(config, UNDERSTOOD)
-    return config
-
-
-class AutoencoderKL(nn.Module):
-    """The autoencoder of latent diffusion (arXiv 2112.10752): images <-> smaller latents.
-
-    entries: those of diffusers' config.json; where one is missing, Stable Diffusion's holds. Raises
-    ValueError for others. sd-vae-ft-mse and sd-vae-ft-ema share the encoder, not the decoder.
-    """
-
-    pixels_at_once = 16 * 256 * 256  # a slice of the batch: 512 px fit a small GPU
-
-    def __init__(self, entries=None):
-        super().__init__()
-        config = complete_config(entries or {})
-        widths = config["block_out_channels"]
-        depth = config["layers_per_block"]
-        groups = config["norm_num_groups"]
-        num_attentions = int(config["mid_block_add_attention"])
-        self.channels = config["latent_channels"]
-        self.downsampling = 2 ** (len(widths) - 1)
-        self.scale = config["scaling_factor"]
-        self.shift = config["shift_factor"]
-
-        self.encoder = conv_network(
-            3,
-            widths,
-            2 * self.channels,
-            groups,
-            down_blocks=levels(widths, config["down_block_types"], depth, groups),
-            mid_block=Level(widths[-1], widths[-1], 2, num_attentions, groups),
+def run(args, rank, world, device):
+    """Does the work of one process. Raises UserError for whatever the user has to repair."""
+    images = Images(args.data, args.limit)
+    autoencoder = load_autoencoder(args.vae, device)
+    token = autoencoder.downsampling * args.patch  # its side in pixels
+    grid = args.image_size // token
+    if args.image_size % token:
+        k = max(grid, 1)
+        raise UserError(
+            f"--image-size {args.image_size} is not a multiple of {token};"
+            f" try {token * k} or {token * (k + 1)}"
         )
-        self.quant_conv = conv1(2 * self.channels, config["use_quant_conv"])
-        widths = widths[::-1]  # from the latents to the images
-        self.decoder = conv_network(
-            self.channels,
-            widths,
-            3,
-            groups,
-            mid_block=Level(widths[0], widths[0], 2, num_attentions, groups),
-            up_blocks=levels(widths, config["up_block_types"], depth + 1, groups),
+    encoder = Encoders(args.encoder, grid, args.encoder_weights, device)
+
+    if rank == 0:
+        meta = describe(args, images, autoencoder, encoder)
+        size = 0
+        for shape, dtype in layout(meta).values():
+            size += len(images) * math.prod(shape) * dtype.itemsize
+        files.start_folder(args.out, "meta.json", meta, size)
+    files.barrier()
+    shards = missing_shards(args.out, rank, world)
+    ignored = extract(args, shards, images, autoencoder, encoder, rank, device)
+    if world > 1:
+        dist.all_reduce(ignored)  # also waits for every process
+    if rank == 0:
+        report(args.out, *ignored.tolist())
+
+
+@torch.inference_mode()
+def extract(args, shards, images, autoencoder, encoder, rank, device):
+    """Writes the files of the cache for `shards`, which are ranges of images.
+
+    Returns the numbers of images whose EXIF rotation and whose transparency were ignored.
+    """
+    batches = []
+    for shard in shards:
+        batches += split(shard, args.batch_size)
+    loader = files.read_ahead(Views(images, args), args.workers, batch_sampler=batches)
+    pause = 0.1 if sys.stderr.isatty() else 30  # seconds between two states of the bar
+    bar = tqdm(
+        total=sum(map(len, shards)),
+        unit="img",
+        disable=rank > 0 or not shards,
+        mininterval=pause,
+        miniters=1,
+    )
+    ignored = torch.zeros(2, dtype=torch.int64)
+    writing = None
+    with bar, ThreadPoolExecutor(1) as writer:  # writes a file while the next one is encoded
+        for shard in shards:
+            parts = []
+            for batch in split(shard, args.batch_size):
+                views = next(loader)
+                refuse_or_skip(images, batch, views.pop("error"), args.skip_bad)
+                ignored += views.pop("ignored").sum(0)
+                pixels = views.pop("pixels").to(device)
+                encoded = encode(batch, pixels, autoencoder, encoder, args.target_dtype)
+                parts.append(views | encoded)
+                bar.update(len(batch))
+
+            tensors = join(parts)
+            if writing:
+                writing.result()  # raises the error of the file before
+            path = shard_file(args.out, shard.start)
+            writing = writer.submit(files.write_tensors, path, tensors)
+        if writing:
+            writing.result()
+    return ignored
+
+
+class Views(Dataset):
+    """Item i: the views of image i, or black ones and an `error` that says why it is unreadable.
+
+    It raises nothing, because an exception would leave a loader process as a traceback.
+    """
+
+    def __init__(self, images, args):
+        self.images = images
+        self.args = args
+
+    def __getitem__(self, i):
+        args = self.args
+        size = args.image_size
+        num_views = 1 + args.flip + args.crops
+        item = {
+            "index": i,
+            "labels": self.images.labels[i],
+            "pixels": np.zeros((num_views, 3, size, size), np.uint8),
+            "control": np.zeros((num_views, 7), np.int32),
+            "ignored": np.zeros(2, bool),  # EXIF rotation, transparency
+            "error": "",
+        }
+        rng = files.random_stream("crop", args.seed, i)
+        try:
+            image = self.images[i]
+            views = image_views(to_rgb(image), size, args.flip, args.crops, rng)
+            item["ignored"] = np.array([is_rotated(image), image.has_transparency_data])
+            item["pixels"], item["control"] = views
+        except Exception as error:  # decoders raise about ten types for a damaged file
+            item["error"] = (
+                f"--data {args.data}: cannot read image {self.images.name(i)}"
+                f" ({files.first_sentence(error)})"
+            )
+        item["readable"] = not item["error"]
+        return item
+
+
+def refuse_or_skip(images, batch, errors, skip):
+    """Raises UserError if an image of a batch is unreadable, unless `skip`.
+
+    It always raises UserError if the source has disappeared.
+    """
+    for i, error in zip(batch, errors, strict=True):
+        if not error:
+            continue
+        if images.is_gone(i):
+            raise UserError(
+                f"--data {images.source}: is not there any more;"
+                " run the same command again when it is back"
+            )
+        if not skip:
+            remedy = "pass --skip-bad, or repair it and extract into another --out"
+            raise UserError(f"{error}; {remedy}")
+        tqdm.write(f"skipped: {error}", file=sys.stderr)
+
+
+def join(parts):
+    """Returns the tensors of a file from those of its batches, without unreadable images."""
+    tensors = {}
+    for name in parts[0]:
+        tensors[name] = torch.cat([part[name] for part in parts])
+    readable = tensors.pop("readable")
+    if readable.all():
+        del tensors["index"]
+        return tensors
+    if not readable.any():
+        raise UserError(
+            f"none of {len(readable)} images in a row is readable; is this the right --data?"
         )
-        self.post_quant_conv = conv1(self.channels, config["use_post_quant_conv"])
-        self.eval().requires_grad_(False)
-
-    def encode(self, images):
-        """Images [N, 3, H, W] in [-1, 1] -> mean and std [N, C, h, w], not scaled."""
-        networks = nn.Sequential(self.encoder, self.quant_conv)
-        moments = self.in_slices(networks, images, pixels_per_position=1)
-        mean, log_variance = moments.chunk(2, dim=1)
-        return mean, torch.exp(0.5 * log_variance.clamp(-30, 20))
-
-    def decode(self, latents):
-        """Latents [N, C, h, w], not scaled -> images [N, 3, H, W], about in [-1, 1]."""
-        networks = nn.Sequential(self.post_quant_conv, self.decoder)
-        return self.in_slices(networks, latents, pixels_per_position=self.downsampling**2)
-
-    def in_slices(self, networks, batch, pixels_per_position):
-        """Applies networks to a batch in slices that cover about pixels_at_once image pixels."""
-        positions = batch.shape[2:].numel()
-        size = max(1, self.pixels_at_once // (pixels_per_position * positions))
-        return torch.cat([networks(part) for part in batch.split(size)])
+    return {name: values[readable] for name, values in tensors.items()}
 
 
-def per_channel(value, latents):
-    """Returns a scale or shift, a number or a list of C, such that it fits latents [N, C, h, w]."""
-    if isinstance(value, list):
-        value = torch.tensor(value).view(-1, 1, 1).to(latents, non_blocking=True)
-    return value
+def split(indices, size):
+    """Returns the consecutive parts of a range, of `size` each, but for the last one."""
+    return [indices[i : i + size] for i in range(0, len(indices), size)]
 
 
-OFFLINE = "HF_HUB_OFFLINE=1 skips the wait"
+def report(out, rotated, transparent):
+    """Opens the cache as a trainer will, and says what it holds. Raises UserError if incomplete."""
+    meta = CachedFeatures(out, targets=False).meta
+    classes = meta["classes"]
+    names = ", ".join(map(repr, classes[:3]))
+    if len(classes) > 3:
+        names += ", ..."
+    line = f"{out}: complete, {meta['images']:,} images of {len(classes):,} classes: {names}"
+    notes = {
+        "unreadable images were left out": meta["count"] - meta["images"],
+        f"of {len(classes):,} classes hold no image": len(meta["empty_classes"]),
+        "images carry an EXIF rotation, which is ignored as in ADM": rotated,
+        "images are transparent, which is ignored as in ADM": transparent,
+    }
+    for note, count in notes.items():
+        if count:
+            line += f"; {count:,} {note}"
+    print(line)
 
 
-def load_autoencoder(name, device="cpu"):
-    """Returns the autoencoder of a hub repository, a folder or a file, or Pixels for the name none.
-
-    A folder of a repository may follow its name: owner/name/vae. Without a config.json beside them,
-    the weights are Stable Diffusion's. The result has channels, downsampling, scale, shift, encode
-    and decode; models see (latent - shift) * scale, where both are a number or a list with one for
-    each channel. Raises UserError if the weights cannot be had, or do not fit.
-    """
-    if name == "none":
-        return Pixels()
-    file = "diffusion_pytorch_model.safetensors"
-    path = Path(name)
-    if path.is_dir():
-        path = path / file
-    elif not path.is_file():
-        remedy = f"pass a folder or file with its {file}, or --vae none for pixels; {OFFLINE}"
-        with explaining(f"--vae {name}: cannot be downloaded", remedy):
-            parts = name.split("/")
-            repository = "/".join(parts[:2])
-            for wanted in ("config.json", file):  # the hub puts both into one folder
-                wanted = "/".join([*parts[2:], wanted])
-                path = Path(huggingface_hub.hf_hub_download(repository, wanted))
-
-    entries = {}
-    config_file = path.with_name("config.json")
-    remedy = "pass an AutoencoderKL of diffusers with all its entries"
-    with explaining(f"--vae {name}: config.json does not describe a known autoencoder", remedy):
-        if config_file.exists():
-            entries = dict(json.loads(config_file.read_text()))
-        autoencoder = AutoencoderKL(entries)
-
-    weights = read_weights(path)
-    remedy = "pass the folder that has their config.json, too, or those of Stable Diffusion"
-    with explaining(f"--vae {name}: weights of another architecture", remedy):
-        autoencoder.load_state_dict(modern_names(weights))
-    return autoencoder.to(device)
-
-
-def modern_names(weights):
-    """Returns weights as diffusers names them today.
-
-    Older files have other names for the layers of the attention, stored as 1x1 convolutions.
-    """
-    renamed = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    state = {}
-    for key, value in weights.items():
-        if ".attentions." in key:
-            for old, new in renamed.items():
-                key = key.replace(f".{old}.", f".{new}.")
-            value = value.squeeze()
-        state[key] = value
-    return state
-
-
-def read_weights(path):
-    """Returns the dict in a .safetensors or PyTorch file. Raises UserError if there is none."""
-    with explaining(f"{path}: not readable as weights", "copy or download it again"):
-        if str(path).endswith(".safetensors"):
-            return safetensors.torch.load_file(path)
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+def extract_digits(out, rank, world, device):
+    """Makes the cache of tests/digits.npz, for --digits, unless there is a complete one."""
+    with contextlib.suppress(UserError):
+        CachedFeatures(out)
+        return
+    digits = Path(__file__).parent / "tests/digits.npz"
+    options = "--image-size 8 --patch 2 --vae none --encoder hog --workers 0".split()
+    args = parse_args(["--data", str(digits), "--out", str(out), *options])
+    run(args, rank, world, device)
 
 
 # ---- encoders: pixels -> one target vector per token
+
+
+class Encoders:
+    """Encoders side by side: uint8 images [N, 3, H, W] -> tokens [N, grid^2, sum of `widths`].
+
+    names: hog or timm ViTs, with commas between, or none; weights: files for the ViTs, likewise. An
+    encoder of your own needs a list `widths` (empty: no tokens) and the method
+    __call__(uint8 images [N, 3, H, W]) -> tokens [N, T, E].
+    """
+
+    def __init__(self, names, grid, weights=None, device="cpu"):
+        names = [] if names == "none" else names.split(",")
+        num_vits = len(names) - names.count("hog")
+        paths = weights.split(",") if weights else [None] * num_vits
+        if names and len(paths) != num_vits:
+            raise UserError(
+                f"--encoder-weights: {len(paths)} files for {num_vits} encoders with weights;"
+                " name one for each"
+            )
+        self.encoders = []
+        self.widths = []
+        for name in names:
+            if name == "hog":
+                encoder = HOG(grid)
+            else:
+                encoder = ViT(name, grid, paths.pop(0), device)
+            self.encoders.append(encoder)
+            self.widths += encoder.widths
+
+    def __call__(self, images):
+        return torch.cat([encoder(images) for encoder in self.encoders], dim=-1)
 
 
 class HOG:
@@ -516,21 +537,6 @@ class ViT:
         return tokens.float()                                        # [N, T, E]
 
 
-def known_vit(name):
-    """Returns a context that says that timm has no such ViT if anything fails inside."""
-    remedy = "see timm.list_models('vit*')"
-    return explaining(f"--encoder {name}: not a ViT that timm knows", remedy)
-
-
-def patch_size(name):
-    """Returns the patch size of a timm ViT. Raises UserError if `name` is none, or a wrong CLIP."""
-    quick = name.replace("_clip_", "_clip_quickgelu_")
-    if quick != name and quick in timm.list_models(pretrained=True):
-        raise UserError(f"--encoder {name}: these weights need QuickGELU; pass {quick}")
-    with known_vit(name), torch.device("meta"):
-        return timm.create_model(name).patch_embed.patch_size[0]
-
-
 def load_vit(name, side, file=None):
     """Returns a timm ViT for images of `side` pixels, with the hub's weights or those of a file."""
     options = {"pretrained": True, "num_classes": 0, "img_size": side}
@@ -551,606 +557,75 @@ def load_vit(name, side, file=None):
         return model
 
 
-class Encoders:
-    """Encoders side by side: uint8 images [N, 3, H, W] -> tokens [N, grid^2, sum of `widths`].
+def patch_size(name):
+    """Returns the patch size of a timm ViT. Raises UserError if `name` is none, or a wrong CLIP."""
+    quick = name.replace("_clip_", "_clip_quickgelu_")
+    if quick != name and quick in timm.list_models(pretrained=True):
+        raise UserError(f"--encoder {name}: these weights need QuickGELU; pass {quick}")
+    with known_vit(name), torch.device("meta"):
+        return timm.create_model(name).patch_embed.patch_size[0]
 
-    names: hog or timm ViTs, with commas between, or none; weights: files for the ViTs, likewise. An
-    encoder of your own needs a list `widths` (empty: no tokens) and the method
-    __call__(uint8 images [N, 3, H, W]) -> tokens [N, T, E].
+
+def known_vit(name):
+    """Returns a context that says that timm has no such ViT if anything fails inside."""
+    remedy = "see timm.list_models('vit*')"
+    return explaining(f"--encoder {name}: not a ViT that timm knows", remedy)
+
+
+# ---- views of an image
+
+
+def image_views(image, size, flip, crops, rng):
+    """Returns the views of a PIL image, uint8 [V, 3, size, size], and their control, int32 [V, 7].
+
+    Random squares have 0.4 to 1 times the area of the centered one (arXiv 2411.03177; 0.4 is ours).
+    With `flip`, half of them are mirrored. Boxes are in pixels of the image before it is mirrored.
     """
+    w0, h0 = image.size
+    short = min(w0, h0)
+    top = (h0 - short) // 2
+    left = (w0 - short) // 2
+    center = np.asarray(center_crop(image, size))                    # [size, size, 3]
+    pixels = [center]
+    control = [(h0, w0, top, left, short, short, False)]
+    if flip:
+        pixels.append(center[:, ::-1])
+        control.append((h0, w0, top, left, short, short, True))
+    for _ in range(crops):
+        side = max(1, round(short * rng.uniform(0.4, 1) ** 0.5))
+        top = rng.integers(h0 - side, endpoint=True)
+        left = rng.integers(w0 - side, endpoint=True)
+        square = image.crop((left, top, left + side, top + side))
+        square = np.asarray(center_crop(square, size))
+        mirrored = flip and rng.random() < 0.5
+        if mirrored:
+            square = square[:, ::-1]
+        pixels.append(square)
+        control.append((h0, w0, top, left, side, side, mirrored))
+    return np.stack(pixels).transpose(0, 3, 1, 2), np.array(control, dtype=np.int32)
 
-    def __init__(self, names, grid, weights=None, device="cpu"):
-        names = [] if names == "none" else names.split(",")
-        num_vits = len(names) - names.count("hog")
-        paths = weights.split(",") if weights else [None] * num_vits
-        if names and len(paths) != num_vits:
-            raise UserError(
-                f"--encoder-weights: {len(paths)} files for {num_vits} encoders with weights;"
-                " name one for each"
-            )
-        self.encoders = []
-        self.widths = []
-        for name in names:
-            if name == "hog":
-                encoder = HOG(grid)
-            else:
-                encoder = ViT(name, grid, paths.pop(0), device)
-            self.encoders.append(encoder)
-            self.widths += encoder.widths
 
-    def __call__(self, images):
-        return torch.cat([encoder(images) for encoder in self.encoders], dim=-1)
+MOST_PIXELS = 2**28  # of a scaled image, which must fit into memory
 
 
-def to_int8(targets):
-    """Scales tokens [..., E] to fill int8.
+def center_crop(image, size):
+    """Returns the centered `size` x `size` square of a PIL image, as ADM does (arXiv 2105.05233).
 
-    Scaling keeps the direction, which is all that REPA's loss sees.
+    It halves the image with BOX while the short side is at least 2 size, scales that side to `size`
+    with BICUBIC, and crops. Raises ValueError if a narrow image would become larger than memory.
     """
-    largest = targets.abs().amax(-1, keepdim=True).clamp(min=1e-12)
-    return (targets / largest * 127).round().to(torch.int8)
-
-
-# ---- the reader of a cache
-
-TABLE_ROWS = 50  # images per class in control_table: 1.4 MB in a checkpoint of 1,000 classes
-
-
-class CachedFeatures(Dataset):
-    """A cache, mapped into memory: item i is view i % V of image i // V.
-
-    meta: meta.json, and the entries `images` (their number) and `empty_classes` (indices); labels:
-    int64 [images]; views: V; names: the tensors that are read.
-    Raises UserError unless `path` holds a complete cache, with targets if they are wanted.
-    """
-
-    def __init__(self, path, targets=True, control=True):
-        self.opened = (path, targets, control)
-        self.meta = read_meta(Path(path))
-        self.views = self.meta["views"]
-        self.names = ["moments", "labels"]
-        if control:
-            self.names.append("control")
-        if targets:
-            self.names.append("targets")
-            if not self.meta["target_widths"]:
-                raise UserError(f"{path}: the cache has no targets; extract it with an --encoder")
-
-        self.shards = []  # a dict of arrays for each file, in which every view has its row
-        for indices in split(range(self.meta["count"]), self.meta["shard"]):
-            tensors = open_shard(shard_file(path, indices.start), self.meta)
-            tensors["labels"] = tensors["labels"].view(-1, 1).expand(-1, self.views)
-            self.shards.append({name: tensors[name].flatten(0, 1).numpy() for name in self.names})
-        sizes = [len(shard["labels"]) for shard in self.shards]
-        self.starts = np.cumsum(sizes) - sizes  # the first item of each file
-        self.labels = np.concatenate([shard["labels"][:: self.views] for shard in self.shards])
-        # what the files say beyond meta.json: the number of readable images, classes without one
-        self.meta["images"] = len(self.labels)
-        classes = range(len(self.meta["classes"]))
-        self.meta["empty_classes"] = np.setdiff1d(classes, self.labels).tolist()
-
-    def model_options(self, patch):
-        """Returns keywords of a model for this cache: input_size, in_channels, num_classes.
-
-        Raises UserError if its patches do not fit the latents, or its tokens the targets.
-        """
-        side = self.meta["latent_side"]
-        grid = self.meta["grid"]
-        if side % patch:
-            fitting = [str(p) for p in range(1, side + 1) if side % p == 0]
-            raise UserError(
-                f"patch {patch} does not divide latents of {side} x {side}:"
-                f" train with --model SIZE/P, where P is one of {', '.join(fitting)}"
-            )
-        if "targets" in self.names and side // patch != grid:
-            raise UserError(
-                f"the cache has {grid}x{grid} targets, the model has patch {patch}:"
-                f" train with --model SIZE/{side // grid}, or extract with --patch {patch}"
-            )
-        return {
-            "input_size": side,
-            "in_channels": self.meta["latent_channels"],
-            "num_classes": len(self.meta["classes"]),
-        }
-
-    def latents(self, moments, vae_noise=0):
-        """Returns a model's latents from moments [N, 2C, h, w] and vae_noise [N, C, h, w].
-
-        The noise 0 gives the mean.
-        """
-        mean, std = moments.float().chunk(2, dim=1)
-        shift = per_channel(self.meta["latent_shift"], mean)
-        scale = per_channel(self.meta["latent_scale"], mean)
-        return (mean + std * vae_noise - shift) * scale
-
-    def fixed_batch(self, count, device=None):
-        """Returns a batch (see loader): first views of `count` images, spread over the classes."""
-        by_class = np.argsort(self.labels, kind="stable")
-        images = by_class[spread(min(count, len(by_class)), len(by_class))]
-        batch = to_batch(self.__getitems__(images * self.views))
-        return {name: value.to(device) for name, value in batch.items()}
-
-    def loader(self, order, workers=None, device=None):
-        """Yields a batch on `device` for each array of indices in `order`.
-
-        A batch is a dict of tensors: moments [N, 2C, h, w] float16, y [N] (the labels) and, where
-        asked for, targets [N, T, E] and control [N, 7]. workers: processes that read ahead, by
-        default 4 for targets and none for latents alone. Raises UserError if one of them dies.
-        """
-        if workers is None:
-            workers = min(4, os.cpu_count()) if "targets" in self.names else 0
-        pin = torch.device(device or "cpu").type == "cuda"
-        options = {"batch_sampler": order, "collate_fn": to_batch, "pin_memory": pin}
-        for batch in files.read_ahead(self, workers, **options):
-            yield {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-
-    def __reduce__(self):
-        return CachedFeatures, self.opened  # a spawned process opens the files again
-
-    def __len__(self):
-        return len(self.labels) * self.views
-
-    def __getitems__(self, indices, names=None):
-        """Returns a dict of arrays with a row for each index: `names`, or all that are read."""
-        indices = np.asarray(indices)
-        batch = {}
-        for name in names or self.names:
-            array = self.shards[0][name]
-            batch[name] = np.empty((len(indices), *array.shape[1:]), array.dtype)
-
-        shards = np.searchsorted(self.starts, indices, side="right") - 1
-        rows = indices - self.starts[shards]  # inside the file
-        for i in np.argsort(indices):  # in the order of the files, which is the fastest to read
-            shard = self.shards[shards[i]]
-            for name, array in batch.items():
-                array[i] = shard[name][rows[i]]
-        return batch
-
-    @cached_property
-    def control_table(self):
-        """int32 [classes, 50, 7]: control of 50 images of each class, centered and not mirrored.
-
-        They are evenly spread over a class, and repeated if it has fewer. A class without images
-        has zeros (no control). It is None if control is not read.
-        """
-        if "control" not in self.names:
-            return None
-        table = torch.zeros(len(self.meta["classes"]), TABLE_ROWS, 7, dtype=torch.int32)
-        for label in np.unique(self.labels):
-            images = np.flatnonzero(self.labels == label)
-            images = images[spread(TABLE_ROWS, len(images))]
-            chosen = self.__getitems__(images * self.views, ["control"])
-            table[label] = torch.from_numpy(chosen["control"])
-        return table
-
-
-def spread(count, total):
-    """Returns `count` indices that are evenly spread over `total` places."""
-    return np.linspace(0, total - 1, count).astype(int)
-
-
-def to_batch(arrays):
-    """Arrays of CachedFeatures -> tensors, under the names that training scripts use."""
-    batch = default_convert(arrays)
-    batch["y"] = batch.pop("labels")
-    return batch
-
-
-# ---- extraction
-
-
-@torch.inference_mode()
-def extract(args, shards, images, autoencoder, encoder, rank, device):
-    """Writes the files of the cache for `shards`, which are ranges of images.
-
-    Returns the numbers of images whose EXIF rotation and whose transparency were ignored.
-    """
-    batches = []
-    for shard in shards:
-        batches += split(shard, args.batch_size)
-    loader = files.read_ahead(Views(images, args), args.workers, batch_sampler=batches)
-    pause = 0.1 if sys.stderr.isatty() else 30  # seconds between two states of the bar
-    bar = tqdm(
-        total=sum(map(len, shards)),
-        unit="img",
-        disable=rank > 0 or not shards,
-        mininterval=pause,
-        miniters=1,
-    )
-    ignored = torch.zeros(2, dtype=torch.int64)
-    writing = None
-    with bar, ThreadPoolExecutor(1) as writer:  # writes a file while the next one is encoded
-        for shard in shards:
-            parts = []
-            for batch in split(shard, args.batch_size):
-                views = next(loader)
-                refuse_or_skip(images, batch, views.pop("error"), args.skip_bad)
-                ignored += views.pop("ignored").sum(0)
-                pixels = views.pop("pixels").to(device)
-                encoded = encode(batch, pixels, autoencoder, encoder, args.target_dtype)
-                parts.append(views | encoded)
-                bar.update(len(batch))
-
-            tensors = join(parts)
-            if writing:
-                writing.result()  # raises the error of the file before
-            path = shard_file(args.out, shard.start)
-            writing = writer.submit(files.write_tensors, path, tensors)
-        if writing:
-            writing.result()
-    return ignored
-
-
-def split(indices, size):
-    """Returns the consecutive parts of a range, of `size` each, but for the last one."""
-    return [indices[i : i + size] for i in range(0, len(indices), size)]
-
-
-class Views(Dataset):
-    """Item i: the views of image i, or black ones and an `error` that says why it is unreadable.
-
-    It raises nothing, because an exception would leave a loader process as a traceback.
-    """
-
-    def __init__(self, images, args):
-        self.images = images
-        self.args = args
-
-    def __getitem__(self, i):
-        args = self.args
-        size = args.image_size
-        num_views = 1 + args.flip + args.crops
-        item = {
-            "index": i,
-            "labels": self.images.labels[i],
-            "pixels": np.zeros((num_views, 3, size, size), np.uint8),
-            "control": np.zeros((num_views, 7), np.int32),
-            "ignored": np.zeros(2, bool),  # EXIF rotation, transparency
-            "error": "",
-        }
-        rng = files.random_stream("crop", args.seed, i)
-        try:
-            image = self.images[i]
-            views = image_views(to_rgb(image), size, args.flip, args.crops, rng)
-            item["ignored"] = np.array([is_rotated(image), image.has_transparency_data])
-            item["pixels"], item["control"] = views
-        except Exception as error:  # decoders raise about ten types for a damaged file
-            item["error"] = (
-                f"--data {args.data}: cannot read image {self.images.name(i)}"
-                f" ({files.first_sentence(error)})"
-            )
-        item["readable"] = not item["error"]
-        return item
-
-
-def encode(batch, pixels, autoencoder, encoder, target_dtype):
-    """uint8 pixels [n, V, 3, S, S] of the images in range `batch` -> their moments and targets.
-
-    Raises UserError if they are not finite.
-    """
-    x = pixels.flatten(0, 1)                                         # [n V, 3, S, S]
-    mean, std = autoencoder.encode(x.float() / 127.5 - 1)
-    rows = {"moments": torch.cat([mean, std], dim=1).half()}         # [n V, 2C, h, w]
-    if encoder.widths:
-        rows["targets"] = encoder(x)                                 # [n V, T, E]
-        if target_dtype == "float16":
-            rows["targets"] = rows["targets"].half()
-    for name, values in rows.items():
-        if not values.isfinite().all():
-            raise UserError(
-                f"{name} of images {batch[0]} to {batch[-1]} are not finite;"
-                " are the weights of the network damaged?"
-            )
-    if encoder.widths and target_dtype == "int8":
-        rows["targets"] = to_int8(rows["targets"])
-    return {name: values.unflatten(0, pixels.shape[:2]).cpu() for name, values in rows.items()}
-
-
-def refuse_or_skip(images, batch, errors, skip):
-    """Raises UserError if an image of a batch is unreadable, unless `skip`.
-
-    It always raises UserError if the source has disappeared.
-    """
-    for i, error in zip(batch, errors, strict=True):
-        if not error:
-            continue
-        if images.is_gone(i):
-            raise UserError(
-                f"--data {images.source}: is not there any more;"
-                " run the same command again when it is back"
-            )
-        if not skip:
-            remedy = "pass --skip-bad, or repair it and extract into another --out"
-            raise UserError(f"{error}; {remedy}")
-        tqdm.write(f"skipped: {error}", file=sys.stderr)
-
-
-def join(parts):
-    """Returns the tensors of a file from those of its batches, without unreadable images."""
-    tensors = {}
-    for name in parts[0]:
-        tensors[name] = torch.cat([part[name] for part in parts])
-    readable = tensors.pop("readable")
-    if readable.all():
-        del tensors["index"]
-        return tensors
-    if not readable.any():
-        raise UserError(
-            f"none of {len(readable)} images in a row is readable; is this the right --data?"
-        )
-    return {name: values[readable] for name, values in tensors.items()}
-
-
-def run(args, rank, world, device):
-    """Does the work of one process. Raises UserError for whatever the user has to repair."""
-    images = Images(args.data, args.limit)
-    autoencoder = load_autoencoder(args.vae, device)
-    token = autoencoder.downsampling * args.patch  # its side in pixels
-    grid = args.image_size // token
-    if args.image_size % token:
-        k = max(grid, 1)
-        raise UserError(
-            f"--image-size {args.image_size} is not a multiple of {token};"
-            f" try {token * k} or {token * (k + 1)}"
-        )
-    encoder = Encoders(args.encoder, grid, args.encoder_weights, device)
-
-    if rank == 0:
-        meta = describe(args, images, autoencoder, encoder)
-        size = 0
-        for shape, dtype in layout(meta).values():
-            size += len(images) * math.prod(shape) * dtype.itemsize
-        files.start_folder(args.out, "meta.json", meta, size)
-    files.barrier()
-    shards = missing_shards(args.out, rank, world)
-    ignored = extract(args, shards, images, autoencoder, encoder, rank, device)
-    if world > 1:
-        dist.all_reduce(ignored)  # also waits for every process
-    if rank == 0:
-        report(args.out, *ignored.tolist())
-
-
-def report(out, rotated, transparent):
-    """Opens the cache as a trainer will, and says what it holds. Raises UserError if incomplete."""
-    meta = CachedFeatures(out, targets=False).meta
-    classes = meta["classes"]
-    names = ", ".join(map(repr, classes[:3]))
-    if len(classes) > 3:
-        names += ", ..."
-    line = f"{out}: complete, {meta['images']:,} images of {len(classes):,} classes: {names}"
-    notes = {
-        "unreadable images were left out": meta["count"] - meta["images"],
-        f"of {len(classes):,} classes hold no image": len(meta["empty_classes"]),
-        "images carry an EXIF rotation, which is ignored as in ADM": rotated,
-        "images are transparent, which is ignored as in ADM": transparent,
-    }
-    for note, count in notes.items():
-        if count:
-            line += f"; {count:,} {note}"
-    print(line)
-
-
-def extract_digits(out, rank, world, device):
-    """Makes the cache of tests/digits.npz, for --digits, unless there is a complete one."""
-    with contextlib.suppress(UserError):
-        CachedFeatures(out)
-        return
-    digits = Path(__file__).parent / "tests/digits.npz"
-    options = "--image-size 8 --patch 2 --vae none --encoder hog --workers 0".split()
-    args = parse_args(["--data", str(digits), "--out", str(out), *options])
-    run(args, rank, world, device)
-
-
-# ---- sources of images
-
-IMAGES = (".jpg", ".jpeg", ".png", ".webp")
-OTHER_IMAGES = ".avif .bmp .gif .heic .heif .jfif .jp2 .jxl .pgm .pnm .ppm .tga .tif .tiff"
-SPLITS = "train training val valid validation test"
-
-
-class Images:
-    """The images of a source (see the top of this file); `limit`: so many of them, evenly spread.
-
-    `images[i]` is a PIL image as it is stored, `name(i)` its file, `labels[i]` its class, `classes`
-    the names of the classes. Raises UserError for a source without usable images.
-    """
-
-    def __init__(self, source, limit=None):
-        self.source = Path(source)
-        self.is_folder = self.source.is_dir()
-        self.pixels = None
-        self.archive = None
-        if not (self.is_folder or self.source.is_file()):
-            raise UserError(f"--data {source}: no such file or folder")
-        if self.source.suffix.lower() == ".npz" and not self.is_folder:
-            self.pixels, labels, self.classes = read_npz(self.source)
-            self.names = range(len(labels))
-        else:
-            labels, self.classes = self.list_files()
-        limit = limit or len(labels)
-        if limit > len(labels):
-            raise UserError(f"--limit {limit}: the source has {len(labels)} images")
-        self.chosen = spread(limit, len(labels))
-        self.labels = labels[self.chosen]
-        self.archive = None  # each process opens its own, because a file has one position
-
-    def list_files(self):
-        """Sets `names`, and returns the labels and the classes."""
-        if self.is_folder:
-            listed = list(list_folder(self.source))
-        else:
-            self.root, listed = list_zip(self.source)
-        self.names = with_suffix(listed, IMAGES)
-        others = with_suffix(listed, tuple(OTHER_IMAGES.split()))
-        if others:
-            print(
-                f"--data {self.source}: {len(others)} images are left out, such as {others[0]};"
-                f" only {', '.join(IMAGES)} are read"
-            )
-        if not self.names:
-            raise UserError(f"--data {self.source}: it holds no image ({', '.join(IMAGES)})")
-        if "dataset.json" in listed:
-            return self.read_dataset_json()
-        return class_folders(self.source, self.names, listed)
-
-    def read_dataset_json(self):
-        """Labels and classes from {"labels": [["00000/img00000000.png", 6], ...]}, or null."""
-        what = f"--data {self.source}: dataset.json does not fit the images"
-        with explaining(what, "make it again, or remove it to use the folders as classes"):
-            entries = json.loads(self.read("dataset.json"))["labels"]
-            if entries is None:
-                return number_classes(np.zeros(len(self.names), int))
-            labels = dict(entries)
-            unpaired = labels.keys() ^ set(self.names)
-            if unpaired:
-                raise ValueError(f"{min(unpaired)} is not listed, or not there")
-            return number_classes(np.array([labels[name] for name in self.names]))
-
-    def __len__(self):
-        return len(self.chosen)
-
-    def __getitem__(self, i):
-        if self.pixels is not None:
-            return Image.fromarray(self.pixels[self.chosen[i]])
-        return Image.open(io.BytesIO(self.read(self.name(i))))
-
-    def name(self, i):
-        return self.names[self.chosen[i]]
-
-    def read(self, name):
-        if self.is_folder:
-            file = self.source / name
-            if not file.is_file():  # reading a pipe would wait for ever
-                raise ValueError("not a file")
-            return file.read_bytes()
-        if self.archive is None:
-            self.archive = zipfile.ZipFile(self.source)
-        return self.archive.read(self.root + name)  # verifies the checksum
-
-    def is_gone(self, i):
-        """Returns whether the source, or the folder of image i, has disappeared."""
-        path = self.source
-        if self.is_folder:
-            path = (self.source / self.name(i)).parent
-        return not path.exists()
-
-    def digest(self):
-        """Returns 16 hexadecimal digits for the names and sizes of the files, and the labels."""
-        if self.is_folder:
-            entries = [(name, os.path.getsize(self.source / name)) for name in self.names]
-        else:
-            with zipfile.ZipFile(self.source) as archive:  # an .npz is one, too
-                entries = [(m.filename, m.file_size, m.CRC) for m in archive.infolist()]
-        content = repr((entries, self.labels.tolist()))
-        return hashlib.sha256(content.encode(errors="backslashreplace")).hexdigest()[:16]
-
-
-def is_hidden(name):
-    return name.startswith(".") or name == "__MACOSX"
-
-
-def list_folder(folder, above="", parents=()):
-    """Yields what lies below a folder, folders with a slash at the end. Links are followed."""
-    real = os.path.realpath(folder)
-    if real in parents:  # a link that leads back
-        return
-    for entry in os.scandir(folder):
-        if is_hidden(entry.name):
-            continue
-        name = above + entry.name
-        if entry.is_dir():
-            name += "/"
-            yield from list_folder(entry.path, name, (*parents, real))
-        yield name
-
-
-def list_zip(path):
-    """Returns the folder around everything in a .zip ("a/b/", or ""), and what lies below it."""
-    expected = "expected a folder or .zip of class folders, or an ADM .npz"
-    with explaining(f"--data {path}: not a readable .zip", expected):
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-        names = [name for name in names if not any(map(is_hidden, name.split("/")))]
-        above = {os.path.dirname(os.path.dirname(name)) for name in with_suffix(names, IMAGES)}
-        root = os.path.join(os.path.commonpath(above or [""]), "")
-    return root, [name.removeprefix(root) for name in names if name.startswith(root)]
-
-
-def with_suffix(names, suffixes):
-    """Returns those of the names that end in a suffix, sorted folder by folder."""
-    return sorted((n for n in names if n.lower().endswith(suffixes)), key=lambda n: n.split("/"))
-
-
-def class_folders(source, names, listed):
-    """Returns labels and classes of images called class/file.
-
-    Raises UserError for images of other names, for splits and for empty class folders.
-    """
-    deep = [name for name in names if name.count("/") > 1]
-    if deep:
-        meant = statistics.mode(os.path.dirname(os.path.dirname(name)) for name in deep)
-        hint = pass_folder(source, meant)
-        raise UserError(f"--data {source}: {deep[0]} lies deeper than class/file; {hint}")
-    labels = []
-    classes = {}  # name -> label, in order, because the images are sorted
-    for name in names:
-        folder = os.path.dirname(name)
-        if not folder:
-            raise UserError(
-                f"--data {source}: {name} is in no class folder;"
-                " make one, or pass the folder above"
-            )
-        labels.append(classes.setdefault(folder, len(classes)))
-
-    classes = list(classes)
-    if set(classes).issubset(SPLITS.split()):
-        hint = pass_folder(source, classes[0])
-        raise UserError(f"--data {source}: {', '.join(classes)} are no class folders; {hint}")
-    empty = {name.split("/")[0] for name in listed if "/" in name}.difference(classes)
-    if empty:
-        raise UserError(
-            f"--data {source}: class folder {min(empty)!r} holds no image"
-            f" ({', '.join(IMAGES)}); move it elsewhere if it is no class"
-        )
-    return np.array(labels), classes
-
-
-def pass_folder(source, folder):
-    """Returns the advice to pass one folder of a source."""
-    if source.is_dir():
-        return f"did you mean {source / folder}?"
-    return f"did you mean its folder {folder}? Then pack that folder"
-
-
-def read_npz(path):
-    """Returns pixels uint8 [N, H, W, 3], labels and classes of an ADM .npz."""
-    expected = "it needs arr_0, uint8 [N, H, W, 3], and arr_1, N class indices >= 0"
-    with explaining(f"--data {path}: no ADM .npz", expected), np.load(path) as archive:
-        pixels = archive["arr_0"]  # reading it verifies the checksum
-        if pixels.dtype != np.uint8 or pixels.shape[3:] != (3,) or pixels.size == 0:
-            raise ValueError(f"arr_0 is {pixels.dtype} {list(pixels.shape)}")
-        labels = np.zeros(len(pixels), np.int64)
-        if "arr_1" in archive:
-            labels = archive["arr_1"]
-        if labels.shape != pixels.shape[:1]:
-            raise ValueError(f"arr_1 is {labels.dtype} {list(labels.shape)}")
-        return pixels, *number_classes(labels)
-
-
-def number_classes(labels):
-    """Returns labels and the names of the classes.
-
-    If all labels are below 100,000, they stay as they are, and every number up to the largest is a
-    class. Otherwise only the numbers that occur are classes, and the labels count these.
-    """
-    if labels.dtype.kind not in "iu" or labels.ndim != 1 or labels.min() < 0:
-        raise ValueError(f"the labels are {labels.dtype} {list(labels.shape)} from {labels.min()}")
-    if labels.max() < 100_000:
-        names = range(int(labels.max()) + 1)
-        labels = labels.astype(np.int64)
-    else:
-        names, labels = np.unique(labels, return_inverse=True)
-    return labels, list(map(str, names))
+    while min(image.size) >= 2 * size:
+        half = (image.width // 2, image.height // 2)
+        image = image.resize(half, Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width = round(image.width * scale)
+    height = round(image.height * scale)
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels become {width} x {height}")
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left = (width - size) // 2
+    top = (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
 
 
 def to_rgb(image):
@@ -1173,7 +648,326 @@ def is_rotated(image):
     return False
 
 
-# ---- what a cache consists of
+# ---- autoencoders: pixels in [-1, 1] <-> latents
+#
+# The networks are written out here to avoid a dependency on diffusers. Their attributes have its
+# names, so that its weight files load.
+
+
+class Pixels:
+    """`--vae none`: the pixels are the latents, mean = pixel, standard deviation = 0."""
+
+    channels = 3
+    downsampling = 1
+    scale = 1.0
+    shift = 0.0
+
+    def encode(self, images):                                        # [N, 3, H, W]
+        return images, torch.zeros_like(images)
+
+    def decode(self, latents):
+        return latents
+
+
+STABLE_DIFFUSION = {  # entries of config.json, and what holds where one of them is missing
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "mid_block_add_attention": True,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "shift_factor": 0.0,
+}
+UNDERSTOOD = {  # values that are implemented, see files.fits
+    "_class_name": {"AutoencoderKL"},
+    "act_fn": {"silu"},
+    "down_block_types": [{"DownEncoderBlock2D", "AttnDownEncoderBlock2D"}],
+    "up_block_types": [{"UpDecoderBlock2D", "AttnUpDecoderBlock2D"}],
+    "scaling_factor": files.PER_CHANNEL,
+    "shift_factor": files.PER_CHANNEL,
+}
+
+
+class AutoencoderKL(nn.Module):
+    """The autoencoder of latent diffusion (arXiv 2112.10752): images <-> smaller latents.
+
+    entries: those of diffusers' config.json; where one is missing, Stable Diffusion's holds. Raises
+    ValueError for others. sd-vae-ft-mse and sd-vae-ft-ema share the encoder, not the decoder.
+    """
+
+    pixels_at_once = 16 * 256 * 256  # a slice of the batch: 512 px fit a small GPU
+
+    def __init__(self, entries=None):
+        super().__init__()
+        config = complete_config(entries or {})
+        widths = config["block_out_channels"]
+        depth = config["layers_per_block"]
+        groups = config["norm_num_groups"]
+        num_attentions = int(config["mid_block_add_attention"])
+        self.channels = config["latent_channels"]
+        self.downsampling = 2 ** (len(widths) - 1)
+        self.scale = config["scaling_factor"]
+        self.shift = config["shift_factor"]
+
+        self.encoder = conv_network(
+            3,
+            widths,
+            2 * self.channels,
+            groups,
+            down_blocks=levels(widths, config["down_block_types"], depth, groups),
+            mid_block=Level(widths[-1], widths[-1], 2, num_attentions, groups),
+        )
+        self.quant_conv = conv1(2 * self.channels, config["use_quant_conv"])
+        widths = widths[::-1]  # from the latents to the images
+        self.decoder = conv_network(
+            self.channels,
+            widths,
+            3,
+            groups,
+            mid_block=Level(widths[0], widths[0], 2, num_attentions, groups),
+            up_blocks=levels(widths, config["up_block_types"], depth + 1, groups),
+        )
+        self.post_quant_conv = conv1(self.channels, config["use_post_quant_conv"])
+        self.eval().requires_grad_(False)
+
+    def encode(self, images):
+        """Images [N, 3, H, W] in [-1, 1] -> mean and std [N, C, h, w], not scaled."""
+        networks = nn.Sequential(self.encoder, self.quant_conv)
+        moments = self.in_slices(networks, images, pixels_per_position=1)
+        mean, log_variance = moments.chunk(2, dim=1)
+        return mean, torch.exp(0.5 * log_variance.clamp(-30, 20))
+
+    def decode(self, latents):
+        """Latents [N, C, h, w], not scaled -> images [N, 3, H, W], about in [-1, 1]."""
+        networks = nn.Sequential(self.post_quant_conv, self.decoder)
+        return self.in_slices(networks, latents, pixels_per_position=self.downsampling**2)
+
+    def in_slices(self, networks, batch, pixels_per_position):
+        """Applies networks to a batch in slices that cover about pixels_at_once image pixels."""
+        positions = batch.shape[2:].numel()
+        size = max(1, self.pixels_at_once // (pixels_per_position * positions))
+        return torch.cat([networks(part) for part in batch.split(size)])
+
+
+def per_channel(value, latents):
+    """Returns a scale or shift, a number or a list of C, such that it fits latents [N, C, h, w]."""
+    if isinstance(value, list):
+        value = torch.tensor(value).view(-1, 1, 1).to(latents, non_blocking=True)
+    return value
+
+
+def complete_config(entries):
+    """Returns all entries that an AutoencoderKL needs, from those of its config.json.
+
+    Raises ValueError if one is not implemented, or if the scale of the latents is not known.
+    """
+    config = STABLE_DIFFUSION | entries
+    config["shift_factor"] = config["shift_factor"] or 0.0  # null is 0
+    if config.get("latents_std"):
+        # official code: a pipeline of diffusers also multiplies by scaling_factor, REPA-E's code
+        # does not / here: as in REPA-E's, because models expect a standard deviation near 1
+        config["shift_factor"] = config["latents_mean"]
+        config["scaling_factor"] = [1 / std for std in config["latents_std"]]
+    elif STABLE_DIFFUSION == {name: config[name] for name in STABLE_DIFFUSION}:
+        config.setdefault("scaling_factor", 0.18215)  # its config.json is older than this entry
+    files.expect(config, UNDERSTOOD)
+    return config
+
+
+# The networks below are nn.Sequential: they apply their attributes in the order of assignment.
+
+
+def conv_network(c_in, widths, c_out, groups, **middle):
+    """Returns a network: convolution, the `middle` modules in their order, convolution."""
+    network = nn.Sequential()
+    network.conv_in = conv3(c_in, widths[0])
+    for name, module in middle.items():
+        network.add_module(name, module)
+    network.conv_norm_out = group_norm(widths[-1], groups)
+    network.act = nn.SiLU()
+    network.conv_out = conv3(widths[-1], c_out)
+    return network
+
+
+def levels(widths, types, depth, groups):
+    """Returns a level of `depth` residual blocks for each width, of a type as in config.json.
+
+    The last level does not change the resolution.
+    """
+    blocks = nn.Sequential()
+    c_in = widths[0]
+    for c_out, block_type in zip(widths, types, strict=True):
+        num_attentions = depth if "Attn" in block_type else 0
+        level = Level(c_in, c_out, depth, num_attentions, groups)
+        if len(blocks) < len(widths) - 1:
+            if "Down" in block_type:
+                level.downsamplers.append(downsample(c_out))
+            else:
+                level.upsamplers.append(upsample(c_out))
+        blocks.append(level)
+        c_in = c_out
+    return blocks
+
+
+class Level(nn.Module):
+    """Residual blocks, then a change of the resolution by what is in downsamplers or upsamplers.
+
+    Self-attention follows each of the first `num_attentions` residual blocks.
+    """
+
+    def __init__(self, c_in, c_out, depth, num_attentions, groups):
+        super().__init__()
+        self.resnets = nn.ModuleList()
+        self.attentions = nn.ModuleList()
+        for i in range(depth):
+            self.resnets.append(ResnetBlock(c_in, c_out, groups))
+            c_in = c_out
+            if i < num_attentions:
+                self.attentions.append(AttentionBlock(c_out, groups))
+        self.downsamplers = nn.Sequential()
+        self.upsamplers = nn.Sequential()
+
+    def forward(self, x):
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x)
+            if i < len(self.attentions):
+                x = self.attentions[i](x)
+        return self.upsamplers(self.downsamplers(x))
+
+
+def downsample(c):
+    layer = nn.Sequential()
+    layer.pad = nn.ZeroPad2d((0, 1, 0, 1))
+    layer.conv = nn.Conv2d(c, c, 3, stride=2)
+    return layer
+
+
+def upsample(c):
+    layer = nn.Sequential()
+    layer.upsample = nn.Upsample(scale_factor=2.0)
+    layer.conv = conv3(c, c)
+    return layer
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, c_in, c_out, groups):
+        super().__init__()
+        self.norm1 = group_norm(c_in, groups)
+        self.conv1 = conv3(c_in, c_out)
+        self.norm2 = group_norm(c_out, groups)
+        self.conv2 = conv3(c_out, c_out)
+        self.conv_shortcut = nn.Identity()
+        if c_in != c_out:
+            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.conv_shortcut(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all positions, with one head."""
+
+    def __init__(self, c, groups):
+        super().__init__()
+        self.group_norm = group_norm(c, groups)
+        self.to_q = nn.Linear(c, c)
+        self.to_k = nn.Linear(c, c)
+        self.to_v = nn.Linear(c, c)
+        self.to_out = nn.Sequential(nn.Linear(c, c))
+
+    def forward(self, x):
+        h = self.group_norm(x).flatten(2).mT.unsqueeze(1)            # [N, 1, H W, C]
+        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
+        return x + self.to_out(h).squeeze(1).mT.reshape(x.shape)
+
+
+def group_norm(channels, groups):
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+def conv3(c_in, c_out):
+    return nn.Conv2d(c_in, c_out, 3, padding=1)
+
+
+def conv1(c, wanted):
+    return nn.Conv2d(c, c, 1) if wanted else nn.Identity()
+
+
+# ---- weights of an autoencoder
+
+OFFLINE = "HF_HUB_OFFLINE=1 skips the wait"
+
+
+def load_autoencoder(name, device="cpu"):
+    """Returns the autoencoder of a hub repository, a folder or a file, or Pixels for the name none.
+
+    A folder of a repository may follow its name: owner/name/vae. Without a config.json beside them,
+    the weights are Stable Diffusion's. The result has channels, downsampling, scale, shift, encode
+    and decode; models see (latent - shift) * scale, where both are a number or a list with one for
+    each channel. Raises UserError if the weights cannot be had, or do not fit.
+    """
+    if name == "none":
+        return Pixels()
+    file = "diffusion_pytorch_model.safetensors"
+    path = Path(name)
+    if path.is_dir():
+        path = path / file
+    elif not path.is_file():
+        remedy = f"pass a folder or file with its {file}, or --vae none for pixels; {OFFLINE}"
+        with explaining(f"--vae {name}: cannot be downloaded", remedy):
+            parts = name.split("/")
+            repository = "/".join(parts[:2])
+            for wanted in ("config.json", file):  # the hub puts both into one folder
+                wanted = "/".join([*parts[2:], wanted])
+                path = Path(huggingface_hub.hf_hub_download(repository, wanted))
+
+    entries = {}
+    config_file = path.with_name("config.json")
+    remedy = "pass an AutoencoderKL of diffusers with all its entries"
+    with explaining(f"--vae {name}: config.json does not describe a known autoencoder", remedy):
+        if config_file.exists():
+            entries = dict(json.loads(config_file.read_text()))
+        autoencoder = AutoencoderKL(entries)
+
+    weights = read_weights(path)
+    remedy = "pass the folder that has their config.json, too, or those of Stable Diffusion"
+    with explaining(f"--vae {name}: weights of another architecture", remedy):
+        autoencoder.load_state_dict(modern_names(weights))
+    return autoencoder.to(device)
+
+
+def modern_names(weights):
+    """Returns weights as diffusers names them today.
+
+    Older files have other names for the layers of the attention, stored as 1x1 convolutions.
+    """
+    renamed = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    state = {}
+    for key, value in weights.items():
+        if ".attentions." in key:
+            for old, new in renamed.items():
+                key = key.replace(f".{old}.", f".{new}.")
+            value = value.squeeze()
+        state[key] = value
+    return state
+
+
+def read_weights(path):
+    """Returns the dict in a .safetensors or PyTorch file. Raises UserError if there is none."""
+    with explaining(f"{path}: not readable as weights", "copy or download it again"):
+        if str(path).endswith(".safetensors"):
+            return safetensors.torch.load_file(path)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+
+
+# ---- the files of a cache
 
 FORMAT_VERSION = 2
 META = {  # entries of meta.json that readers need
@@ -1292,6 +1086,218 @@ def missing_shards(folder, rank, world):
                 print(f"{str(error).rpartition('; ')[0]}; it is made again", file=sys.stderr)
                 path.unlink()
     return missing
+
+
+# ---- where images come from
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+OTHER_IMAGES = ".avif .bmp .gif .heic .heif .jfif .jp2 .jxl .pgm .pnm .ppm .tga .tif .tiff"
+SPLITS = "train training val valid validation test"
+
+
+class Images:
+    """The images of a source (see the top of this file); `limit`: so many of them, evenly spread.
+
+    `images[i]` is a PIL image as it is stored, `name(i)` its file, `labels[i]` its class, `classes`
+    the names of the classes. Raises UserError for a source without usable images.
+    """
+
+    def __init__(self, source, limit=None):
+        self.source = Path(source)
+        self.is_folder = self.source.is_dir()
+        self.pixels = None
+        self.archive = None
+        if not (self.is_folder or self.source.is_file()):
+            raise UserError(f"--data {source}: no such file or folder")
+        if self.source.suffix.lower() == ".npz" and not self.is_folder:
+            self.pixels, labels, self.classes = read_npz(self.source)
+            self.names = range(len(labels))
+        else:
+            labels, self.classes = self.list_files()
+        limit = limit or len(labels)
+        if limit > len(labels):
+            raise UserError(f"--limit {limit}: the source has {len(labels)} images")
+        self.chosen = spread(limit, len(labels))
+        self.labels = labels[self.chosen]
+        self.archive = None  # each process opens its own, because a file has one position
+
+    def list_files(self):
+        """Sets `names`, and returns the labels and the classes."""
+        if self.is_folder:
+            listed = list(list_folder(self.source))
+        else:
+            self.root, listed = list_zip(self.source)
+        self.names = with_suffix(listed, IMAGES)
+        others = with_suffix(listed, tuple(OTHER_IMAGES.split()))
+        if others:
+            print(
+                f"--data {self.source}: {len(others)} images are left out, such as {others[0]};"
+                f" only {', '.join(IMAGES)} are read"
+            )
+        if not self.names:
+            raise UserError(f"--data {self.source}: it holds no image ({', '.join(IMAGES)})")
+        if "dataset.json" in listed:
+            return self.read_dataset_json()
+        return class_folders(self.source, self.names, listed)
+
+    def read_dataset_json(self):
+        """Labels and classes from {"labels": [["00000/img00000000.png", 6], ...]}, or null."""
+        what = f"--data {self.source}: dataset.json does not fit the images"
+        with explaining(what, "make it again, or remove it to use the folders as classes"):
+            entries = json.loads(self.read("dataset.json"))["labels"]
+            if entries is None:
+                return number_classes(np.zeros(len(self.names), int))
+            labels = dict(entries)
+            unpaired = labels.keys() ^ set(self.names)
+            if unpaired:
+                raise ValueError(f"{min(unpaired)} is not listed, or not there")
+            return number_classes(np.array([labels[name] for name in self.names]))
+
+    def __len__(self):
+        return len(self.chosen)
+
+    def __getitem__(self, i):
+        if self.pixels is not None:
+            return Image.fromarray(self.pixels[self.chosen[i]])
+        return Image.open(io.BytesIO(self.read(self.name(i))))
+
+    def name(self, i):
+        return self.names[self.chosen[i]]
+
+    def read(self, name):
+        if self.is_folder:
+            file = self.source / name
+            if not file.is_file():  # reading a pipe would wait for ever
+                raise ValueError("not a file")
+            return file.read_bytes()
+        if self.archive is None:
+            self.archive = zipfile.ZipFile(self.source)
+        return self.archive.read(self.root + name)  # verifies the checksum
+
+    def is_gone(self, i):
+        """Returns whether the source, or the folder of image i, has disappeared."""
+        path = self.source
+        if self.is_folder:
+            path = (self.source / self.name(i)).parent
+        return not path.exists()
+
+    def digest(self):
+        """Returns 16 hexadecimal digits for the names and sizes of the files, and the labels."""
+        if self.is_folder:
+            entries = [(name, os.path.getsize(self.source / name)) for name in self.names]
+        else:
+            with zipfile.ZipFile(self.source) as archive:  # an .npz is one, too
+                entries = [(m.filename, m.file_size, m.CRC) for m in archive.infolist()]
+        content = repr((entries, self.labels.tolist()))
+        return hashlib.sha256(content.encode(errors="backslashreplace")).hexdigest()[:16]
+
+
+def list_folder(folder, above="", parents=()):
+    """Yields what lies below a folder, folders with a slash at the end. Links are followed."""
+    real = os.path.realpath(folder)
+    if real in parents:  # a link that leads back
+        return
+    for entry in os.scandir(folder):
+        if is_hidden(entry.name):
+            continue
+        name = above + entry.name
+        if entry.is_dir():
+            name += "/"
+            yield from list_folder(entry.path, name, (*parents, real))
+        yield name
+
+
+def list_zip(path):
+    """Returns the folder around everything in a .zip ("a/b/", or ""), and what lies below it."""
+    expected = "expected a folder or .zip of class folders, or an ADM .npz"
+    with explaining(f"--data {path}: not a readable .zip", expected):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        names = [name for name in names if not any(map(is_hidden, name.split("/")))]
+        above = {os.path.dirname(os.path.dirname(name)) for name in with_suffix(names, IMAGES)}
+        root = os.path.join(os.path.commonpath(above or [""]), "")
+    return root, [name.removeprefix(root) for name in names if name.startswith(root)]
+
+
+def is_hidden(name):
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def with_suffix(names, suffixes):
+    """Returns those of the names that end in a suffix, sorted folder by folder."""
+    return sorted((n for n in names if n.lower().endswith(suffixes)), key=lambda n: n.split("/"))
+
+
+def class_folders(source, names, listed):
+    """Returns labels and classes of images called class/file.
+
+    Raises UserError for images of other names, for splits and for empty class folders.
+    """
+    deep = [name for name in names if name.count("/") > 1]
+    if deep:
+        meant = statistics.mode(os.path.dirname(os.path.dirname(name)) for name in deep)
+        hint = pass_folder(source, meant)
+        raise UserError(f"--data {source}: {deep[0]} lies deeper than class/file; {hint}")
+    labels = []
+    classes = {}  # name -> label, in order, because the images are sorted
+    for name in names:
+        folder = os.path.dirname(name)
+        if not folder:
+            raise UserError(
+                f"--data {source}: {name} is in no class folder;"
+                " make one, or pass the folder above"
+            )
+        labels.append(classes.setdefault(folder, len(classes)))
+
+    classes = list(classes)
+    if set(classes).issubset(SPLITS.split()):
+        hint = pass_folder(source, classes[0])
+        raise UserError(f"--data {source}: {', '.join(classes)} are no class folders; {hint}")
+    empty = {name.split("/")[0] for name in listed if "/" in name}.difference(classes)
+    if empty:
+        raise UserError(
+            f"--data {source}: class folder {min(empty)!r} holds no image"
+            f" ({', '.join(IMAGES)}); move it elsewhere if it is no class"
+        )
+    return np.array(labels), classes
+
+
+def pass_folder(source, folder):
+    """Returns the advice to pass one folder of a source."""
+    if source.is_dir():
+        return f"did you mean {source / folder}?"
+    return f"did you mean its folder {folder}? Then pack that folder"
+
+
+def read_npz(path):
+    """Returns pixels uint8 [N, H, W, 3], labels and classes of an ADM .npz."""
+    expected = "it needs arr_0, uint8 [N, H, W, 3], and arr_1, N class indices >= 0"
+    with explaining(f"--data {path}: no ADM .npz", expected), np.load(path) as archive:
+        pixels = archive["arr_0"]  # reading it verifies the checksum
+        if pixels.dtype != np.uint8 or pixels.shape[3:] != (3,) or pixels.size == 0:
+            raise ValueError(f"arr_0 is {pixels.dtype} {list(pixels.shape)}")
+        labels = np.zeros(len(pixels), np.int64)
+        if "arr_1" in archive:
+            labels = archive["arr_1"]
+        if labels.shape != pixels.shape[:1]:
+            raise ValueError(f"arr_1 is {labels.dtype} {list(labels.shape)}")
+        return pixels, *number_classes(labels)
+
+
+def number_classes(labels):
+    """Returns labels and the names of the classes.
+
+    If all labels are below 100,000, they stay as they are, and every number up to the largest is a
+    class. Otherwise only the numbers that occur are classes, and the labels count these.
+    """
+    if labels.dtype.kind not in "iu" or labels.ndim != 1 or labels.min() < 0:
+        raise ValueError(f"the labels are {labels.dtype} {list(labels.shape)} from {labels.min()}")
+    if labels.max() < 100_000:
+        names = range(int(labels.max()) + 1)
+        labels = labels.astype(np.int64)
+    else:
+        names, labels = np.unique(labels, return_inverse=True)
+    return labels, list(map(str, names))
 
 
 # ---- command line
