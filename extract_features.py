@@ -12,16 +12,16 @@
 Any number of processes share the work. Run a killed command again to continue it.
 
 The cache (--out) is a folder that `CachedFeatures` reads. meta.json says what made it. Every 1,024
-images (--shard) are one file, named after the first of them: 00000000.safetensors and so on. Files
-are written beside their place and then renamed. Their tensors are:
+images (--shard) are one file, named after the number of the first: 00000000.safetensors and so on.
+A file is written under another name and then renamed. Its tensors are:
     moments [n, V, 2C, h, w] float16    mean, then std (not log variance), of the latent
-    targets [n, V, T, E] float16, int8  encoder tokens, T = (h / patch)^2; none with --encoder none
+    targets [n, V, T, E] float16, int8  encoder tokens, T = (h / patch)^2; not with --encoder none
     labels  [n] int64                   index of the class
     control [n, V, 7] int32             h0, w0, top, left, h, w, flip: what the view shows
-    index   [n] int64                   number of the image; only where --skip-bad left some out
-An image has V views: the center crop; with --flip, its mirror image (which is mirrored before it is
-encoded: mirroring the latent would not be the same); with --crops K, K random squares. Targets and
-control belong to the view.
+    index   [n] int64                   number of the image; only if --skip-bad left some out
+An image has V views: the center crop, with --flip its mirror image, and with --crops K also K
+random squares. A mirror image is encoded by itself, because a mirrored latent is not its latent.
+Targets and control belong to the view.
 
 REPA's name -> timm's name. MAE and CLIP give their tokens before the final norm, the others give
 them after it:
@@ -54,6 +54,7 @@ import os
 import statistics
 import sys
 import zipfile
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -66,7 +67,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import Dataset, default_convert
 from tqdm import tqdm
 
@@ -76,33 +77,35 @@ from files import COUNT, UserError, explaining, number
 # ---- one batch: pixels -> latents and targets
 
 
-def encode(batch, pixels, autoencoder, encoder, target_dtype):
-    """uint8 pixels [n, V, 3, S, S] of the images in range `batch` -> their moments and targets.
+def encode(pixels, autoencoder, encoder, target_dtype, numbers):
+    """Returns what a cache holds of the views of n images, uint8 pixels [n, V, 3, S, S].
 
-    Raises UserError if they are not finite.
+    The result is a dict of tensors on the CPU: moments, float16 [n, V, 2C, h, w], and, if there is
+    an encoder, targets, float16 or int8 [n, V, T, E]. Raises UserError, which tells the `numbers`
+    of the images, if a value is not finite.
     """
-    x = pixels.flatten(0, 1)                                         # [n V, 3, S, S]
-    mean, std = autoencoder.encode(x.float() / 127.5 - 1)
-    rows = {"moments": torch.cat([mean, std], dim=1).half()}         # [n V, 2C, h, w]
+    images = pixels.flatten(0, 1)                                    # [n V, 3, S, S]
+    mean, std = autoencoder.encode(images.float() / 127.5 - 1)
+    encoded = {"moments": torch.cat([mean, std], dim=1).half()}      # [n V, 2C, h, w]
     if encoder.widths:
-        rows["targets"] = encoder(x)                                 # [n V, T, E]
+        encoded["targets"] = encoder(images)                         # [n V, T, E]
         if target_dtype == "float16":
-            rows["targets"] = rows["targets"].half()
-    for name, values in rows.items():
+            encoded["targets"] = encoded["targets"].half()
+    for name, values in encoded.items():
         if not values.isfinite().all():
             raise UserError(
-                f"{name} of images {batch[0]} to {batch[-1]} are not finite;"
+                f"{name} of images {numbers[0]} to {numbers[-1]} are not finite;"
                 " are the weights of the network damaged?"
             )
     if encoder.widths and target_dtype == "int8":
-        rows["targets"] = to_int8(rows["targets"])
-    return {name: values.unflatten(0, pixels.shape[:2]).cpu() for name, values in rows.items()}
+        encoded["targets"] = to_int8(encoded["targets"])
+    return {name: values.unflatten(0, pixels.shape[:2]).cpu() for name, values in encoded.items()}
 
 
 def to_int8(targets):
-    """Scales tokens [..., E] to fill int8.
+    """Scales each token of targets [..., E] to fill int8.
 
-    Scaling keeps the direction, which is all that REPA's loss sees.
+    This keeps its direction, and REPA's loss sees nothing else.
     """
     largest = targets.abs().amax(-1, keepdim=True).clamp(min=1e-12)
     return (targets / largest * 127).round().to(torch.int8)
@@ -114,10 +117,13 @@ TABLE_ROWS = 50  # images per class in control_table: 1.4 MB in a checkpoint of 
 
 
 class CachedFeatures(Dataset):
-    """A cache, mapped into memory: item i is view i % V of image i // V.
+    """Reads a cache, whose files are mapped into memory. Item i is view i % V of image i // V.
 
-    meta: meta.json, and the entries `images` (their number) and `empty_classes` (indices); labels:
-    int64 [images]; views: V; names: the tensors that are read.
+    meta: meta.json, and in addition `images`, the number of images that could be read, and
+        `empty_classes`, a list of class indices
+    labels: int64 [number of images]
+    views: V
+    names: the tensors that are read
     Raises UserError unless `path` holds a complete cache, with targets if they are wanted.
     """
 
@@ -133,15 +139,14 @@ class CachedFeatures(Dataset):
             if not self.meta["target_widths"]:
                 raise UserError(f"{path}: the cache has no targets; extract it with an --encoder")
 
-        self.shards = []  # a dict of arrays for each file, in which every view has its row
-        for indices in split(range(self.meta["count"]), self.meta["shard"]):
-            tensors = open_shard(shard_file(path, indices.start), self.meta)
+        self.shards = []  # for each file a dict of arrays, with a row for each view of an image
+        for numbers in chunks(range(self.meta["count"]), self.meta["shard"]):
+            tensors = open_shard(shard_file(path, numbers.start), self.meta)
             tensors["labels"] = tensors["labels"].view(-1, 1).expand(-1, self.views)
             self.shards.append({name: tensors[name].flatten(0, 1).numpy() for name in self.names})
-        sizes = [len(shard["labels"]) for shard in self.shards]
-        self.starts = np.cumsum(sizes) - sizes  # the first item of each file
+        lengths = [len(shard["labels"]) for shard in self.shards]
+        self.starts = np.cumsum(lengths) - lengths  # the first item of each file
         self.labels = np.concatenate([shard["labels"][:: self.views] for shard in self.shards])
-        # what the files say beyond meta.json: the number of readable images, classes without one
         self.meta["images"] = len(self.labels)
         classes = range(len(self.meta["classes"]))
         self.meta["empty_classes"] = np.setdiff1d(classes, self.labels).tolist()
@@ -161,9 +166,10 @@ class CachedFeatures(Dataset):
             yield {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
     def latents(self, moments, vae_noise=0):
-        """Returns a model's latents from moments [N, 2C, h, w] and vae_noise [N, C, h, w].
+        """Returns a draw of the latents that models see, from moments [N, 2C, h, w].
 
-        The noise 0 gives the mean.
+        mean + std * vae_noise is a draw from the autoencoder's posterior if vae_noise [N, C, h, w]
+        is normal, and its mean if it is 0. Models see it shifted and scaled.
         """
         mean, std = moments.float().chunk(2, dim=1)
         shift = per_channel(self.meta["latent_shift"], mean)
@@ -195,10 +201,10 @@ class CachedFeatures(Dataset):
         }
 
     def fixed_batch(self, count, device=None):
-        """Returns a batch (see loader): first views of `count` images, spread over the classes."""
+        """Returns a batch as loader does, of the center crops of `count` images of all classes."""
         by_class = np.argsort(self.labels, kind="stable")
-        images = by_class[spread(min(count, len(by_class)), len(by_class))]
-        batch = to_batch(self.__getitems__(images * self.views))
+        chosen = by_class[spread(min(count, len(by_class)), len(by_class))]
+        batch = to_batch(self.__getitems__(chosen * self.views))
         return {name: value.to(device) for name, value in batch.items()}
 
     @cached_property
@@ -212,27 +218,30 @@ class CachedFeatures(Dataset):
             return None
         table = torch.zeros(len(self.meta["classes"]), TABLE_ROWS, 7, dtype=torch.int32)
         for label in np.unique(self.labels):
-            images = np.flatnonzero(self.labels == label)
-            images = images[spread(TABLE_ROWS, len(images))]
-            chosen = self.__getitems__(images * self.views, ["control"])
-            table[label] = torch.from_numpy(chosen["control"])
+            members = np.flatnonzero(self.labels == label)
+            chosen = members[spread(TABLE_ROWS, len(members))]
+            rows = self.__getitems__(chosen * self.views, ["control"])
+            table[label] = torch.from_numpy(rows["control"])
         return table
 
     def __len__(self):
         return len(self.labels) * self.views
 
     def __getitems__(self, indices, names=None):
-        """Returns a dict of arrays with a row for each index: `names`, or all that are read."""
+        """Returns a dict of arrays with a row for each index: `names`, or all that are read.
+
+        A DataLoader calls this once for a batch, in place of __getitem__ for every item.
+        """
         indices = np.asarray(indices)
         batch = {}
         for name in names or self.names:
             array = self.shards[0][name]
             batch[name] = np.empty((len(indices), *array.shape[1:]), array.dtype)
 
-        shards = np.searchsorted(self.starts, indices, side="right") - 1
-        rows = indices - self.starts[shards]  # inside the file
+        places = np.searchsorted(self.starts, indices, side="right") - 1  # in self.shards
+        rows = indices - self.starts[places]  # in the arrays of a shard
         for i in np.argsort(indices):  # in the order of the files, which is the fastest to read
-            shard = self.shards[shards[i]]
+            shard = self.shards[places[i]]
             for name, array in batch.items():
                 array[i] = shard[name][rows[i]]
         return batch
@@ -242,7 +251,7 @@ class CachedFeatures(Dataset):
 
 
 def to_batch(arrays):
-    """Arrays of CachedFeatures -> tensors, under the names that training scripts use."""
+    """Converts what __getitems__ returns to tensors, with the name that training scripts use: y."""
     batch = default_convert(arrays)
     batch["y"] = batch.pop("labels")
     return batch
@@ -257,28 +266,31 @@ def spread(count, total):
 
 
 def run(args, rank, world, device):
-    """Does the work of one process. Raises UserError for whatever the user has to repair."""
-    images = Images(args.data, args.limit)
+    """Makes a cache: the work of one of `world` processes.
+
+    Raises UserError for whatever the user has to repair.
+    """
+    source = Images(args.data, args.limit)
     autoencoder = load_autoencoder(args.vae, device)
-    token = autoencoder.downsampling * args.patch  # its side in pixels
-    grid = args.image_size // token
-    if args.image_size % token:
-        k = max(grid, 1)
+    token_side = autoencoder.downsampling * args.patch  # in pixels of the image
+    grid = args.image_size // token_side
+    if args.image_size % token_side:
+        below = max(grid, 1) * token_side
         raise UserError(
-            f"--image-size {args.image_size} is not a multiple of {token};"
-            f" try {token * k} or {token * (k + 1)}"
+            f"--image-size {args.image_size} is not a multiple of {token_side};"
+            f" try {below} or {below + token_side}"
         )
     encoder = Encoders(args.encoder, grid, args.encoder_weights, device)
 
     if rank == 0:
-        meta = describe(args, images, autoencoder, encoder)
-        size = 0
-        for shape, dtype in layout(meta).values():
-            size += len(images) * math.prod(shape) * dtype.itemsize
-        files.start_folder(args.out, "meta.json", meta, size)
+        meta = describe(args, source, autoencoder, encoder)
+        num_bytes = 0
+        for shape, dtype in tensor_specs(meta).values():
+            num_bytes += len(source) * math.prod(shape) * dtype.itemsize
+        files.start_folder(args.out, "meta.json", meta, num_bytes)
     files.barrier()
-    shards = missing_shards(args.out, rank, world)
-    ignored = extract(args, shards, images, autoencoder, encoder, rank, device)
+    missing = missing_files(args.out, rank, world)
+    ignored = extract(args, missing, source, autoencoder, encoder, rank, device)
     if world > 1:
         dist.all_reduce(ignored)  # also waits for every process
     if rank == 0:
@@ -286,95 +298,89 @@ def run(args, rank, world, device):
 
 
 @torch.inference_mode()
-def extract(args, shards, images, autoencoder, encoder, rank, device):
-    """Writes the files of the cache for `shards`, which are ranges of images.
+def extract(args, missing, source, autoencoder, encoder, rank, device):
+    """Writes the files of a cache that are missing, given as one range of image numbers for each.
 
     Returns the numbers of images whose EXIF rotation and whose transparency were ignored.
     """
     batches = []
-    for shard in shards:
-        batches += split(shard, args.batch_size)
-    loader = files.read_ahead(Views(images, args), args.workers, batch_sampler=batches)
+    for file_numbers in missing:
+        batches += chunks(file_numbers, args.batch_size)
+    loader = files.read_ahead(DecodedImages(source, args), args.workers, batch_sampler=batches)
     pause = 0.1 if sys.stderr.isatty() else 30  # seconds between two states of the bar
-    bar = tqdm(
-        total=sum(map(len, shards)),
-        unit="img",
-        disable=rank > 0 or not shards,
-        mininterval=pause,
-        miniters=1,
-    )
+    total = sum(map(len, missing))
+    bar = tqdm(total=total, unit="img", disable=rank > 0, mininterval=pause, miniters=1)
     ignored = torch.zeros(2, dtype=torch.int64)
-    writing = None
+    last_write = None
     with bar, ThreadPoolExecutor(1) as writer:  # writes a file while the next one is encoded
-        for shard in shards:
+        for file_numbers in missing:
             parts = []
-            for batch in split(shard, args.batch_size):
-                views = next(loader)
-                refuse_or_skip(images, batch, views.pop("error"), args.skip_bad)
-                ignored += views.pop("ignored").sum(0)
-                pixels = views.pop("pixels").to(device)
-                encoded = encode(batch, pixels, autoencoder, encoder, args.target_dtype)
-                parts.append(views | encoded)
-                bar.update(len(batch))
+            for numbers in chunks(file_numbers, args.batch_size):
+                loaded = next(loader)
+                refuse_or_skip(source, numbers, loaded.pop("error"), args.skip_bad)
+                ignored += loaded.pop("ignored").sum(0)
+                pixels = loaded.pop("pixels").to(device)
+                encoded = encode(pixels, autoencoder, encoder, args.target_dtype, numbers)
+                parts.append(loaded | encoded)
+                bar.update(len(numbers))
 
             tensors = join(parts)
-            if writing:
-                writing.result()  # raises the error of the file before
-            path = shard_file(args.out, shard.start)
-            writing = writer.submit(files.write_tensors, path, tensors)
-        if writing:
-            writing.result()
+            if last_write:
+                last_write.result()  # waits, and raises the error of the file before
+            path = shard_file(args.out, file_numbers.start)
+            last_write = writer.submit(files.write_tensors, path, tensors)
+        if last_write:
+            last_write.result()
     return ignored
 
 
-class Views(Dataset):
-    """Item i: the views of image i, or black ones and an `error` that says why it is unreadable.
+class DecodedImages(Dataset):
+    """Item i holds the views of image i and what belongs to it.
 
-    It raises nothing, because an exception would leave a loader process as a traceback.
+    If the image is unreadable, they are black and `error` says why. An exception would reach the
+    user as the traceback of a loader process.
     """
 
-    def __init__(self, images, args):
-        self.images = images
+    def __init__(self, source, args):
+        self.source = source
         self.args = args
 
     def __getitem__(self, i):
         args = self.args
-        size = args.image_size
-        num_views = 1 + args.flip + args.crops
-        item = {
-            "index": i,
-            "labels": self.images.labels[i],
-            "pixels": np.zeros((num_views, 3, size, size), np.uint8),
-            "control": np.zeros((num_views, 7), np.int32),
-            "ignored": np.zeros(2, bool),  # EXIF rotation, transparency
-            "error": "",
-        }
         rng = files.random_stream("crop", args.seed, i)
+        options = (args.image_size, args.flip, args.crops, rng)
+        error = ""
+        ignored = [False, False]  # EXIF rotation, transparency
         try:
-            image = self.images[i]
-            views = image_views(to_rgb(image), size, args.flip, args.crops, rng)
-            item["ignored"] = np.array([is_rotated(image), image.has_transparency_data])
-            item["pixels"], item["control"] = views
-        except Exception as error:  # decoders raise about ten types for a damaged file
-            item["error"] = (
-                f"--data {args.data}: cannot read image {self.images.name(i)}"
-                f" ({files.first_sentence(error)})"
-            )
-        item["readable"] = not item["error"]
-        return item
+            image = self.source[i]
+            pixels, control = image_views(to_rgb(image), *options)
+            ignored = [is_rotated(image), image.has_transparency_data]
+        except Exception as problem:  # decoders raise about ten types for a damaged file
+            reason = files.first_sentence(problem)
+            error = f"--data {args.data}: cannot read image {self.source.name(i)} ({reason})"
+            pixels, control = image_views(Image.new("RGB", (1, 1)), *options)
+        return {
+            "index": i,
+            "labels": self.source.labels[i],
+            "pixels": pixels,
+            "control": control,
+            "ignored": np.array(ignored),
+            "error": error,
+            "readable": not error,
+        }
 
 
-def refuse_or_skip(images, batch, errors, skip):
-    """Raises UserError if an image of a batch is unreadable, unless `skip`.
+def refuse_or_skip(source, numbers, errors, skip):
+    """Raises UserError if an image is unreadable, unless `skip`: then it says so.
 
     It always raises UserError if the source has disappeared.
     """
-    for i, error in zip(batch, errors, strict=True):
+    for i, error in zip(numbers, errors, strict=True):
         if not error:
             continue
-        if images.is_gone(i):
+        if source.is_gone(i):
             raise UserError(
-                f"--data {images.source}: is not there any more;"
+                f"--data {source.path}: is not there any more;"
                 " run the same command again when it is back"
             )
         if not skip:
@@ -384,7 +390,10 @@ def refuse_or_skip(images, batch, errors, skip):
 
 
 def join(parts):
-    """Returns the tensors of a file from those of its batches, without unreadable images."""
+    """Concatenates the batches of a file, and leaves out its unreadable images.
+
+    `index`, the numbers of the images, stays only if some were left out.
+    """
     tensors = {}
     for name in parts[0]:
         tensors[name] = torch.cat([part[name] for part in parts])
@@ -399,22 +408,22 @@ def join(parts):
     return {name: values[readable] for name, values in tensors.items()}
 
 
-def split(indices, size):
-    """Returns the consecutive parts of a range, of `size` each, but for the last one."""
-    return [indices[i : i + size] for i in range(0, len(indices), size)]
+def chunks(numbers, size):
+    """Returns the parts of a range or list, `size` numbers each; the last one may be shorter."""
+    return [numbers[i : i + size] for i in range(0, len(numbers), size)]
 
 
 def report(out, rotated, transparent):
     """Opens the cache as a trainer will, and says what it holds. Raises UserError if incomplete."""
     meta = CachedFeatures(out, targets=False).meta
-    classes = meta["classes"]
-    names = ", ".join(map(repr, classes[:3]))
-    if len(classes) > 3:
+    names = ", ".join(map(repr, meta["classes"][:3]))
+    num_classes = f"{len(meta['classes']):,} classes"
+    if len(meta["classes"]) > 3:
         names += ", ..."
-    line = f"{out}: complete, {meta['images']:,} images of {len(classes):,} classes: {names}"
+    line = f"{out}: complete, {meta['images']:,} images of {num_classes}: {names}"
     notes = {
         "unreadable images were left out": meta["count"] - meta["images"],
-        f"of {len(classes):,} classes hold no image": len(meta["empty_classes"]),
+        f"of {num_classes} hold no image": len(meta["empty_classes"]),
         "images carry an EXIF rotation, which is ignored as in ADM": rotated,
         "images are transparent, which is ignored as in ADM": transparent,
     }
@@ -425,7 +434,7 @@ def report(out, rotated, transparent):
 
 
 def extract_digits(out, rank, world, device):
-    """Makes the cache of tests/digits.npz, for --digits, unless there is a complete one."""
+    """Makes the cache of tests/digits.npz for --digits, unless `out` holds a complete one."""
     with contextlib.suppress(UserError):
         CachedFeatures(out)
         return
@@ -439,17 +448,19 @@ def extract_digits(out, rank, world, device):
 
 
 class Encoders:
-    """Encoders side by side: uint8 images [N, 3, H, W] -> tokens [N, grid^2, sum of `widths`].
+    """Encoders side by side: uint8 images [N, 3, H, W] -> tokens [N, T, E], E = sum of `widths`.
 
-    names: hog or timm ViTs, with commas between, or none; weights: files for the ViTs, likewise. An
-    encoder of your own needs a list `widths` (empty: no tokens) and the method
+    names: none, or hog and names of timm ViTs with commas between. weight_files: one for each of
+    these ViTs, with commas between. The T tokens form a grid x grid raster.
+
+    To add an encoder, write a class with a list `widths` (empty: no tokens) and the method
     __call__(uint8 images [N, 3, H, W]) -> tokens [N, T, E].
     """
 
-    def __init__(self, names, grid, weights=None, device="cpu"):
+    def __init__(self, names, grid, weight_files=None, device="cpu"):
         names = [] if names == "none" else names.split(",")
         num_vits = len(names) - names.count("hog")
-        paths = weights.split(",") if weights else [None] * num_vits
+        paths = weight_files.split(",") if weight_files else [None] * num_vits
         if names and len(paths) != num_vits:
             raise UserError(
                 f"--encoder-weights: {len(paths)} files for {num_vits} encoders with weights;"
@@ -472,17 +483,17 @@ class Encoders:
 class HOG:
     """Histograms of oriented gradients (Dalal and Triggs, 2005), a vector for each cell of a grid.
 
-    Classical spatial features give part of REPA's gain (arXiv 2512.10794), need no weights and suit
-    any image size. A vector holds the histograms of the cell and of its eight neighbours,
-    L2-normalised with a constant, so that a flat image gives a direction and not a zero vector.
+    Classical spatial features give part of REPA's gain (arXiv 2512.10794). They need no weights and
+    suit any image size. A vector holds the histograms of the cell and of its eight neighbours and a
+    constant, and has length 1. The constant gives a flat image a direction: its gradients are 0.
     """
 
     bins = 9
-    floor = 0.02
+    floor = 0.02  # the constant
 
     def __init__(self, grid):
         self.grid = grid
-        self.widths = [9 * self.bins + 1]
+        self.widths = [3 * 3 * self.bins + 1]
 
     def __call__(self, images):                                      # [N, 3, H, W]
         grey = images.float().mean(1, keepdim=True) / 255
@@ -498,43 +509,43 @@ class HOG:
         distance = torch.minimum(distance, self.bins - distance)
         votes = torch.hypot(dx, dy) * (1 - distance).clamp(min=0)
 
-        # the vector of a cell: its own histogram and those of its neighbours
+        # the vector of a cell: its own histogram, those of its neighbours, and the constant
         cells = F.avg_pool2d(votes, images.shape[-1] // self.grid)   # [N, bins, G, G]
         cells = F.pad(cells, (1, 1, 1, 1), mode="replicate")
-        blocks = F.unfold(cells, 3).mT                               # [N, T, 9 bins]
-        blocks = F.pad(blocks, (0, 1), value=self.floor)
-        return F.normalize(blocks, dim=-1)                           # [N, T, E]
+        vectors = F.unfold(cells, 3).mT                              # [N, T, 9 bins]
+        vectors = F.pad(vectors, (0, 1), value=self.floor)
+        return F.normalize(vectors, dim=-1)                          # [N, T, E]
 
 
 class ViT:
     """Patch tokens of a frozen timm ViT on a grid x grid raster, as in REPA (arXiv 2410.06940).
 
     The image is normalised as in the encoder's training, then scaled to grid x patch pixels
-    (bicubic, no antialias); timm resamples the position table once (bicubic, antialias). Class and
+    (bicubic, no antialias). timm resamples the position table once (bicubic, antialias). Class and
     register tokens are dropped. Raises UserError if the weights cannot be had.
     """
 
-    def __init__(self, name, grid, weights=None, device="cpu"):
+    def __init__(self, name, grid, file=None, device="cpu"):
         self.side = grid * patch_size(name)
-        self.model = load_vit(name, self.side, weights).to(device).eval().requires_grad_(False)
+        self.model = load_vit(name, self.side, file).to(device).eval().requires_grad_(False)
         self.widths = [self.model.embed_dim]
-        self.norm = not (".mae" in name or "_clip_" in name)
+        self.final_norm = not (".mae" in name or "_clip_" in name)
         config = timm.data.resolve_model_data_config(self.model)
         self.mean = torch.tensor(config["mean"], device=device).view(3, 1, 1)
         self.std = torch.tensor(config["std"], device=device).view(3, 1, 1)
-        # fails here, not after an hour, if the tokens do not form the grid
-        with known_vit(name):
+        # if the tokens do not form the grid, this fails now and not at the first batch
+        with explaining_vit(name):
             black = torch.zeros(1, 3, 8, 8, device=device)
             self(black).view(grid**2, *self.widths)
 
     def __call__(self, images):                                      # [N, 3, H, W]
         x = (images.float() / 255 - self.mean) / self.std
         x = F.interpolate(x, size=(self.side, self.side), mode="bicubic")
+        options = {"output_fmt": "NLC", "intermediates_only": True}
         with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
-            tokens = self.model.forward_intermediates(
-                x, indices=1, norm=self.norm, output_fmt="NLC", intermediates_only=True
-            )[0]
-        return tokens.float()                                        # [N, T, E]
+            # indices=1: of the last block only
+            tokens = self.model.forward_intermediates(x, indices=1, norm=self.final_norm, **options)
+        return tokens[0].float()                                     # [N, T, E]
 
 
 def load_vit(name, side, file=None):
@@ -549,7 +560,8 @@ def load_vit(name, side, file=None):
     with explaining(f"--encoder-weights {file}: not weights of {name}", "pass its own"):
         overlay = {"state_dict": dict(weights)}
         model = timm.create_model(name, pretrained_cfg_overlay=overlay, **options)
-        # timm leaves at random what a file lacks: compare the names, after its own conversion
+        # timm leaves at random what a file lacks. Its conversion of names belongs to the module
+        # of the model.
         convert = sys.modules[type(model).__module__].checkpoint_filter_fn
         missing = model.state_dict().keys() - convert(weights, model).keys()
         if missing:
@@ -558,16 +570,20 @@ def load_vit(name, side, file=None):
 
 
 def patch_size(name):
-    """Returns the patch size of a timm ViT. Raises UserError if `name` is none, or a wrong CLIP."""
+    """Returns the patch size of a timm ViT.
+
+    Raises UserError if timm has no ViT of this name, or if the weights were trained with QuickGELU
+    and the name is that of a CLIP with GELU.
+    """
     quick = name.replace("_clip_", "_clip_quickgelu_")
     if quick != name and quick in timm.list_models(pretrained=True):
         raise UserError(f"--encoder {name}: these weights need QuickGELU; pass {quick}")
-    with known_vit(name), torch.device("meta"):
+    with explaining_vit(name), torch.device("meta"):
         return timm.create_model(name).patch_embed.patch_size[0]
 
 
-def known_vit(name):
-    """Returns a context that says that timm has no such ViT if anything fails inside."""
+def explaining_vit(name):
+    """Returns a context in which any error becomes a UserError: timm has no such ViT."""
     remedy = "see timm.list_models('vit*')"
     return explaining(f"--encoder {name}: not a ViT that timm knows", remedy)
 
@@ -576,7 +592,7 @@ def known_vit(name):
 
 
 def image_views(image, size, flip, crops, rng):
-    """Returns the views of a PIL image, uint8 [V, 3, size, size], and their control, int32 [V, 7].
+    """Returns the views of an RGB image, uint8 [V, 3, size, size], and their control, int32 [V, 7].
 
     Random squares have 0.4 to 1 times the area of the centered one (arXiv 2411.03177; 0.4 is ours).
     With `flip`, half of them are mirrored. Boxes are in pixels of the image before it is mirrored.
@@ -585,27 +601,25 @@ def image_views(image, size, flip, crops, rng):
     short = min(w0, h0)
     top = (h0 - short) // 2
     left = (w0 - short) // 2
-    center = np.asarray(center_crop(image, size))                    # [size, size, 3]
-    pixels = [center]
+    center = center_crop(image, size)
+    views = [center]
     control = [(h0, w0, top, left, short, short, False)]
     if flip:
-        pixels.append(center[:, ::-1])
+        views.append(ImageOps.mirror(center))
         control.append((h0, w0, top, left, short, short, True))
     for _ in range(crops):
         side = max(1, round(short * rng.uniform(0.4, 1) ** 0.5))
         top = rng.integers(h0 - side, endpoint=True)
         left = rng.integers(w0 - side, endpoint=True)
-        square = image.crop((left, top, left + side, top + side))
-        square = np.asarray(center_crop(square, size))
+        view = center_crop(image.crop((left, top, left + side, top + side)), size)
         mirrored = flip and rng.random() < 0.5
-        if mirrored:
-            square = square[:, ::-1]
-        pixels.append(square)
+        views.append(ImageOps.mirror(view) if mirrored else view)
         control.append((h0, w0, top, left, side, side, mirrored))
-    return np.stack(pixels).transpose(0, 3, 1, 2), np.array(control, dtype=np.int32)
+    pixels = np.stack(views)                                         # [V, size, size, 3]
+    return pixels.transpose(0, 3, 1, 2), np.array(control, dtype=np.int32)
 
 
-MOST_PIXELS = 2**28  # of a scaled image, which must fit into memory
+MOST_PIXELS = 2**28  # an image that scaling makes larger is refused: it may fill the memory
 
 
 def center_crop(image, size):
@@ -643,7 +657,8 @@ def to_rgb(image):
 
 
 def is_rotated(image):
-    with contextlib.suppress(Exception):  # damaged EXIF data is ignored as well
+    """Returns whether EXIF data say that the image is to be turned; damaged data say nothing."""
+    with contextlib.suppress(Exception):
         return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
     return False
 
@@ -700,7 +715,7 @@ class AutoencoderKL(nn.Module):
     ValueError for others. sd-vae-ft-mse and sd-vae-ft-ema share the encoder, not the decoder.
     """
 
-    pixels_at_once = 16 * 256 * 256  # a slice of the batch: 512 px fit a small GPU
+    pixels_at_once = 16 * 256 * 256  # in_slices bounds the memory by this: 512 px fit a small GPU
 
     def __init__(self, entries=None):
         super().__init__()
@@ -709,49 +724,49 @@ class AutoencoderKL(nn.Module):
         depth = config["layers_per_block"]
         groups = config["norm_num_groups"]
         num_attentions = int(config["mid_block_add_attention"])
+        first = widths[0]
+        last = widths[-1]
         self.channels = config["latent_channels"]
         self.downsampling = 2 ** (len(widths) - 1)
         self.scale = config["scaling_factor"]
         self.shift = config["shift_factor"]
 
-        self.encoder = conv_network(
-            3,
-            widths,
-            2 * self.channels,
-            groups,
+        self.encoder = sequence(
+            conv_in=conv3x3(3, first),
             down_blocks=levels(widths, config["down_block_types"], depth, groups),
-            mid_block=Level(widths[-1], widths[-1], 2, num_attentions, groups),
+            mid_block=Level(last, last, 2, num_attentions, groups),
+            conv_norm_out=group_norm(last, groups),
+            act=nn.SiLU(),
+            conv_out=conv3x3(last, 2 * self.channels),
         )
-        self.quant_conv = conv1(2 * self.channels, config["use_quant_conv"])
-        widths = widths[::-1]  # from the latents to the images
-        self.decoder = conv_network(
-            self.channels,
-            widths,
-            3,
-            groups,
-            mid_block=Level(widths[0], widths[0], 2, num_attentions, groups),
-            up_blocks=levels(widths, config["up_block_types"], depth + 1, groups),
+        self.quant_conv = conv1x1(2 * self.channels, config["use_quant_conv"])
+        self.decoder = sequence(
+            conv_in=conv3x3(self.channels, last),
+            mid_block=Level(last, last, 2, num_attentions, groups),
+            up_blocks=levels(widths[::-1], config["up_block_types"], depth + 1, groups),
+            conv_norm_out=group_norm(first, groups),
+            act=nn.SiLU(),
+            conv_out=conv3x3(first, 3),
         )
-        self.post_quant_conv = conv1(self.channels, config["use_post_quant_conv"])
+        self.post_quant_conv = conv1x1(self.channels, config["use_post_quant_conv"])
         self.eval().requires_grad_(False)
 
     def encode(self, images):
         """Images [N, 3, H, W] in [-1, 1] -> mean and std [N, C, h, w], not scaled."""
         networks = nn.Sequential(self.encoder, self.quant_conv)
-        moments = self.in_slices(networks, images, pixels_per_position=1)
+        moments = self.in_slices(networks, images, images[0, 0].numel())
         mean, log_variance = moments.chunk(2, dim=1)
         return mean, torch.exp(0.5 * log_variance.clamp(-30, 20))
 
     def decode(self, latents):
         """Latents [N, C, h, w], not scaled -> images [N, 3, H, W], about in [-1, 1]."""
         networks = nn.Sequential(self.post_quant_conv, self.decoder)
-        return self.in_slices(networks, latents, pixels_per_position=self.downsampling**2)
+        return self.in_slices(networks, latents, latents[0, 0].numel() * self.downsampling**2)
 
-    def in_slices(self, networks, batch, pixels_per_position):
-        """Applies networks to a batch in slices that cover about pixels_at_once image pixels."""
-        positions = batch.shape[2:].numel()
-        size = max(1, self.pixels_at_once // (pixels_per_position * positions))
-        return torch.cat([networks(part) for part in batch.split(size)])
+    def in_slices(self, networks, inputs, pixels):
+        """Applies networks to a few inputs at a time. pixels: those of the image of one input."""
+        slices = inputs.split(max(1, self.pixels_at_once // pixels))
+        return torch.cat([networks(part) for part in slices])
 
 
 def per_channel(value, latents):
@@ -779,19 +794,9 @@ def complete_config(entries):
     return config
 
 
-# The networks below are nn.Sequential: they apply their attributes in the order of assignment.
-
-
-def conv_network(c_in, widths, c_out, groups, **middle):
-    """Returns a network: convolution, the `middle` modules in their order, convolution."""
-    network = nn.Sequential()
-    network.conv_in = conv3(c_in, widths[0])
-    for name, module in middle.items():
-        network.add_module(name, module)
-    network.conv_norm_out = group_norm(widths[-1], groups)
-    network.act = nn.SiLU()
-    network.conv_out = conv3(widths[-1], c_out)
-    return network
+def sequence(**modules):
+    """Returns an nn.Sequential of modules, which have these names in the files of the weights."""
+    return nn.Sequential(OrderedDict(modules))
 
 
 def levels(widths, types, depth, groups):
@@ -799,19 +804,19 @@ def levels(widths, types, depth, groups):
 
     The last level does not change the resolution.
     """
-    blocks = nn.Sequential()
+    network = nn.Sequential()
     c_in = widths[0]
     for c_out, block_type in zip(widths, types, strict=True):
         num_attentions = depth if "Attn" in block_type else 0
         level = Level(c_in, c_out, depth, num_attentions, groups)
-        if len(blocks) < len(widths) - 1:
+        if len(network) < len(widths) - 1:
             if "Down" in block_type:
                 level.downsamplers.append(downsample(c_out))
             else:
                 level.upsamplers.append(upsample(c_out))
-        blocks.append(level)
+        network.append(level)
         c_in = c_out
-    return blocks
+    return network
 
 
 class Level(nn.Module):
@@ -841,26 +846,20 @@ class Level(nn.Module):
 
 
 def downsample(c):
-    layer = nn.Sequential()
-    layer.pad = nn.ZeroPad2d((0, 1, 0, 1))
-    layer.conv = nn.Conv2d(c, c, 3, stride=2)
-    return layer
+    return sequence(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2))
 
 
 def upsample(c):
-    layer = nn.Sequential()
-    layer.upsample = nn.Upsample(scale_factor=2.0)
-    layer.conv = conv3(c, c)
-    return layer
+    return sequence(upsample=nn.Upsample(scale_factor=2.0), conv=conv3x3(c, c))
 
 
 class ResnetBlock(nn.Module):
     def __init__(self, c_in, c_out, groups):
         super().__init__()
         self.norm1 = group_norm(c_in, groups)
-        self.conv1 = conv3(c_in, c_out)
+        self.conv1 = conv3x3(c_in, c_out)
         self.norm2 = group_norm(c_out, groups)
-        self.conv2 = conv3(c_out, c_out)
+        self.conv2 = conv3x3(c_out, c_out)
         self.conv_shortcut = nn.Identity()
         if c_in != c_out:
             self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
@@ -892,11 +891,11 @@ def group_norm(channels, groups):
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
-def conv3(c_in, c_out):
+def conv3x3(c_in, c_out):
     return nn.Conv2d(c_in, c_out, 3, padding=1)
 
 
-def conv1(c, wanted):
+def conv1x1(c, wanted):
     return nn.Conv2d(c, c, 1) if wanted else nn.Identity()
 
 
@@ -910,23 +909,23 @@ def load_autoencoder(name, device="cpu"):
 
     A folder of a repository may follow its name: owner/name/vae. Without a config.json beside them,
     the weights are Stable Diffusion's. The result has channels, downsampling, scale, shift, encode
-    and decode; models see (latent - shift) * scale, where both are a number or a list with one for
+    and decode. Models see (latent - shift) * scale, where both are a number or a list with one for
     each channel. Raises UserError if the weights cannot be had, or do not fit.
     """
     if name == "none":
         return Pixels()
-    file = "diffusion_pytorch_model.safetensors"
+    wanted = "diffusion_pytorch_model.safetensors"
     path = Path(name)
     if path.is_dir():
-        path = path / file
+        path = path / wanted
     elif not path.is_file():
-        remedy = f"pass a folder or file with its {file}, or --vae none for pixels; {OFFLINE}"
+        remedy = f"pass a folder or file with its {wanted}, or --vae none for pixels; {OFFLINE}"
         with explaining(f"--vae {name}: cannot be downloaded", remedy):
             parts = name.split("/")
             repository = "/".join(parts[:2])
-            for wanted in ("config.json", file):  # the hub puts both into one folder
-                wanted = "/".join([*parts[2:], wanted])
-                path = Path(huggingface_hub.hf_hub_download(repository, wanted))
+            for file in ("config.json", wanted):  # the hub puts both into one folder
+                file = "/".join([*parts[2:], file])
+                path = Path(huggingface_hub.hf_hub_download(repository, file))
 
     entries = {}
     config_file = path.with_name("config.json")
@@ -970,7 +969,7 @@ def read_weights(path):
 # ---- the files of a cache
 
 FORMAT_VERSION = 2
-META = {  # entries of meta.json that readers need
+META = {  # the entries of meta.json that CachedFeatures needs, and their kinds, see files.fits
     **files.DATA,
     "count": COUNT,
     "shard": COUNT,
@@ -983,7 +982,7 @@ META = {  # entries of meta.json that readers need
 }
 
 
-def describe(args, images, autoencoder, encoder):
+def describe(args, source, autoencoder, encoder):
     """Returns the contents of meta.json."""
     side = args.image_size // autoencoder.downsampling
     encoder_digest = None
@@ -992,11 +991,11 @@ def describe(args, images, autoencoder, encoder):
     return {
         "format_version": FORMAT_VERSION,
         "source": str(Path(args.data)),
-        "source_digest": images.digest(),
+        "source_digest": source.digest(),
         "limit": args.limit,
-        "count": len(images),
+        "count": len(source),
         "shard": args.shard,
-        "classes": images.classes,
+        "classes": source.classes,
         "image_size": args.image_size,
         "flip": args.flip,
         "crops": args.crops,
@@ -1015,19 +1014,19 @@ def describe(args, images, autoencoder, encoder):
     }
 
 
-def layout(meta):
-    """Returns the shape for one image, and the dtype, of each tensor of a cache."""
+def tensor_specs(meta):
+    """Returns the tensors of a cache, a dict: name -> its shape for one image, and its dtype."""
     views = meta["views"]
     side = meta["latent_side"]
-    tensors = {
+    specs = {
         "moments": ([views, 2 * meta["latent_channels"], side, side], torch.float16),
         "labels": ([], torch.int64),
         "control": ([views, 7], torch.int32),
     }
     if meta["target_widths"]:
         shape = [views, meta["grid"] ** 2, sum(meta["target_widths"])]
-        tensors["targets"] = (shape, getattr(torch, meta["target_dtype"]))
-    return tensors
+        specs["targets"] = (shape, getattr(torch, meta["target_dtype"]))
+    return specs
 
 
 def read_meta(folder):
@@ -1052,7 +1051,7 @@ def shard_file(folder, start):
 
 
 def open_shard(path, meta):
-    """Returns the tensors of a file, mapped into memory.
+    """Returns the dict of tensors in a file of a cache, mapped into memory.
 
     Raises UserError if it is missing or damaged.
     """
@@ -1061,7 +1060,7 @@ def open_shard(path, meta):
         raise UserError(f"{path.parent}: the cache is incomplete, {path.name} is missing; {remedy}")
     with explaining(f"{path}: damaged", remedy):
         tensors = safetensors.torch.load_file(path)
-        for name, (shape, dtype) in layout(meta).items():
+        for name, (shape, dtype) in tensor_specs(meta).items():
             values = tensors[name]
             if list(values.shape[1:]) != shape or values.dtype != dtype:
                 raise ValueError(f"{name} is {values.dtype} {list(values.shape)}")
@@ -1072,19 +1071,22 @@ def open_shard(path, meta):
     return tensors
 
 
-def missing_shards(folder, rank, world):
-    """Returns the image ranges of this process's missing files. Damaged files are deleted."""
+def missing_files(folder, rank, world):
+    """Returns what this process has to make: for each missing file, its range of image numbers.
+
+    Damaged files are deleted, and so they are missing.
+    """
     meta = read_meta(folder)
     missing = []
-    for shard in split(range(meta["count"]), meta["shard"])[rank::world]:
-        path = shard_file(folder, shard.start)
-        try:
+    for numbers in chunks(range(meta["count"]), meta["shard"])[rank::world]:
+        path = shard_file(folder, numbers.start)
+        with contextlib.suppress(UserError):
             open_shard(path, meta)
-        except UserError as error:
-            missing.append(shard)
-            if path.exists():
-                print(f"{str(error).rpartition('; ')[0]}; it is made again", file=sys.stderr)
-                path.unlink()
+            continue
+        if path.exists():
+            print(f"{path}: damaged; it is made again", file=sys.stderr)
+            path.unlink()
+        missing.append(numbers)
     return missing
 
 
@@ -1096,21 +1098,22 @@ SPLITS = "train training val valid validation test"
 
 
 class Images:
-    """The images of a source (see the top of this file); `limit`: so many of them, evenly spread.
+    """The images of a source; what may be one is told at the top of this file.
 
-    `images[i]` is a PIL image as it is stored, `name(i)` its file, `labels[i]` its class, `classes`
-    the names of the classes. Raises UserError for a source without usable images.
+    images[i] is a PIL image as it is stored, and labels[i] its class. `classes` are the names of
+    the classes. `names` are the files of all images. With `limit`, only so many of them are
+    `chosen`, evenly spread, and i counts these. Raises UserError for a source that is not usable.
     """
 
-    def __init__(self, source, limit=None):
-        self.source = Path(source)
-        self.is_folder = self.source.is_dir()
+    def __init__(self, path, limit=None):
+        self.path = Path(path)
+        self.is_folder = self.path.is_dir()
         self.pixels = None
         self.archive = None
-        if not (self.is_folder or self.source.is_file()):
-            raise UserError(f"--data {source}: no such file or folder")
-        if self.source.suffix.lower() == ".npz" and not self.is_folder:
-            self.pixels, labels, self.classes = read_npz(self.source)
+        if not (self.is_folder or self.path.is_file()):
+            raise UserError(f"--data {path}: no such file or folder")
+        if self.path.suffix.lower() == ".npz" and not self.is_folder:
+            self.pixels, labels, self.classes = read_npz(self.path)
             self.names = range(len(labels))
         else:
             labels, self.classes = self.list_files()
@@ -1122,27 +1125,30 @@ class Images:
         self.archive = None  # each process opens its own, because a file has one position
 
     def list_files(self):
-        """Sets `names`, and returns the labels and the classes."""
+        """Sets `names`, and returns the labels of all images and the classes."""
         if self.is_folder:
-            listed = list(list_folder(self.source))
+            listed = list(list_folder(self.path))
         else:
-            self.root, listed = list_zip(self.source)
+            self.root, listed = list_zip(self.path)
         self.names = with_suffix(listed, IMAGES)
         others = with_suffix(listed, tuple(OTHER_IMAGES.split()))
         if others:
             print(
-                f"--data {self.source}: {len(others)} images are left out, such as {others[0]};"
+                f"--data {self.path}: {len(others)} images are left out, such as {others[0]};"
                 f" only {', '.join(IMAGES)} are read"
             )
         if not self.names:
-            raise UserError(f"--data {self.source}: it holds no image ({', '.join(IMAGES)})")
+            raise UserError(f"--data {self.path}: it holds no image ({', '.join(IMAGES)})")
         if "dataset.json" in listed:
             return self.read_dataset_json()
-        return class_folders(self.source, self.names, listed)
+        return class_folders(self.path, self.names, listed)
 
     def read_dataset_json(self):
-        """Labels and classes from {"labels": [["00000/img00000000.png", 6], ...]}, or null."""
-        what = f"--data {self.source}: dataset.json does not fit the images"
+        """Returns labels and classes from {"labels": [["00000/img00000000.png", 6], ...]}.
+
+        If "labels" is null, all images are of one class.
+        """
+        what = f"--data {self.path}: dataset.json does not fit the images"
         with explaining(what, "make it again, or remove it to use the folders as classes"):
             entries = json.loads(self.read("dataset.json"))["labels"]
             if entries is None:
@@ -1165,37 +1171,38 @@ class Images:
         return self.names[self.chosen[i]]
 
     def read(self, name):
+        """Returns the bytes of a file in the folder or .zip."""
         if self.is_folder:
-            file = self.source / name
-            if not file.is_file():  # reading a pipe would wait for ever
-                raise ValueError("not a file")
-            return file.read_bytes()
+            return (self.path / name).read_bytes()
         if self.archive is None:
-            self.archive = zipfile.ZipFile(self.source)
+            self.archive = zipfile.ZipFile(self.path)
         return self.archive.read(self.root + name)  # verifies the checksum
 
     def is_gone(self, i):
         """Returns whether the source, or the folder of image i, has disappeared."""
-        path = self.source
+        path = self.path
         if self.is_folder:
-            path = (self.source / self.name(i)).parent
+            path = (self.path / self.name(i)).parent
         return not path.exists()
 
     def digest(self):
         """Returns 16 hexadecimal digits for the names and sizes of the files, and the labels."""
         if self.is_folder:
-            entries = [(name, os.path.getsize(self.source / name)) for name in self.names]
+            entries = [(name, os.path.getsize(self.path / name)) for name in self.names]
         else:
-            with zipfile.ZipFile(self.source) as archive:  # an .npz is one, too
+            with zipfile.ZipFile(self.path) as archive:  # an .npz is one, too
                 entries = [(m.filename, m.file_size, m.CRC) for m in archive.infolist()]
         content = repr((entries, self.labels.tolist()))
         return hashlib.sha256(content.encode(errors="backslashreplace")).hexdigest()[:16]
 
 
 def list_folder(folder, above="", parents=()):
-    """Yields what lies below a folder, folders with a slash at the end. Links are followed."""
+    """Yields what lies below a folder, with `above` before its name. Links are followed.
+
+    Folders have a slash at the end. parents: real paths, to which a link must not lead back.
+    """
     real = os.path.realpath(folder)
-    if real in parents:  # a link that leads back
+    if real in parents:
         return
     for entry in os.scandir(folder):
         if is_hidden(entry.name):
@@ -1208,12 +1215,16 @@ def list_folder(folder, above="", parents=()):
 
 
 def list_zip(path):
-    """Returns the folder around everything in a .zip ("a/b/", or ""), and what lies below it."""
+    """Returns the root of a .zip, and what lies below it.
+
+    The root is the folder around everything: "a/b/", or "" if there is none.
+    """
     expected = "expected a folder or .zip of class folders, or an ADM .npz"
     with explaining(f"--data {path}: not a readable .zip", expected):
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
         names = [name for name in names if not any(map(is_hidden, name.split("/")))]
+        # the folders around class folders: the root is what they share, with a slash at its end
         above = {os.path.dirname(os.path.dirname(name)) for name in with_suffix(names, IMAGES)}
         root = os.path.join(os.path.commonpath(above or [""]), "")
     return root, [name.removeprefix(root) for name in names if name.startswith(root)]
@@ -1224,14 +1235,16 @@ def is_hidden(name):
 
 
 def with_suffix(names, suffixes):
-    """Returns those of the names that end in a suffix, sorted folder by folder."""
-    return sorted((n for n in names if n.lower().endswith(suffixes)), key=lambda n: n.split("/"))
+    """Returns those of the names that end in one of the suffixes, sorted folder by folder."""
+    chosen = [name for name in names if name.lower().endswith(suffixes)]
+    return sorted(chosen, key=lambda name: name.split("/"))
 
 
 def class_folders(source, names, listed):
     """Returns labels and classes of images called class/file.
 
-    Raises UserError for images of other names, for splits and for empty class folders.
+    names: those of the images; listed: those of other files and of folders, too. Raises UserError
+    for images that are called otherwise, for splits such as train and val, and for empty classes.
     """
     deep = [name for name in names if name.count("/") > 1]
     if deep:
@@ -1276,19 +1289,18 @@ def read_npz(path):
         pixels = archive["arr_0"]  # reading it verifies the checksum
         if pixels.dtype != np.uint8 or pixels.shape[3:] != (3,) or pixels.size == 0:
             raise ValueError(f"arr_0 is {pixels.dtype} {list(pixels.shape)}")
-        labels = np.zeros(len(pixels), np.int64)
-        if "arr_1" in archive:
-            labels = archive["arr_1"]
+        labels = archive["arr_1"] if "arr_1" in archive else np.zeros(len(pixels), np.int64)
         if labels.shape != pixels.shape[:1]:
             raise ValueError(f"arr_1 is {labels.dtype} {list(labels.shape)}")
         return pixels, *number_classes(labels)
 
 
 def number_classes(labels):
-    """Returns labels and the names of the classes.
+    """Returns labels, int64 [N], and the names of the classes, a list of texts.
 
     If all labels are below 100,000, they stay as they are, and every number up to the largest is a
-    class. Otherwise only the numbers that occur are classes, and the labels count these.
+    class. Otherwise only the numbers that occur are classes, and the labels count these. Raises
+    ValueError unless the labels are integers that are not negative.
     """
     if labels.dtype.kind not in "iu" or labels.ndim != 1 or labels.min() < 0:
         raise ValueError(f"the labels are {labels.dtype} {list(labels.shape)} from {labels.min()}")

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import dit
 import files
 import sample
-from extract_features import CachedFeatures, split
+from extract_features import CachedFeatures, chunks
 from files import UserError, number
 
 
@@ -62,7 +62,7 @@ def block_features(model, x_t, t, blocks):
 def cache_features(model, cache, t, blocks, batch_size, seed, device):
     """Features of the first view of every image: float16 [N, L, D], and the labels, int64 [N]."""
     images = range(len(cache.labels))
-    batches = split(images, batch_size)
+    batches = chunks(images, batch_size)
     order = [np.array(batch) * cache.views for batch in batches]
     features = torch.empty(len(images), len(blocks), model.hidden_size, dtype=torch.float16)
     bar = tqdm(cache.loader(order, device=device), total=len(order), disable=None)
