@@ -299,7 +299,7 @@ def run(args, rank, world, device):
 
 @torch.inference_mode()
 def extract(args, missing, source, autoencoder, encoder, rank, device):
-    """Writes the files of a cache that are missing, given as one range of image numbers for each.
+    """Writes the files of a cache that are `missing`: a list of their ranges of image numbers.
 
     Returns the numbers of images whose EXIF rotation and whose transparency were ignored.
     """
@@ -665,8 +665,8 @@ def is_rotated(image):
 
 # ---- autoencoders: pixels in [-1, 1] <-> latents
 #
-# The networks are written out here to avoid a dependency on diffusers. Their attributes have its
-# names, so that its weight files load.
+# The networks are written out here to avoid a dependency on diffusers. Their modules have the names
+# that it uses, so that its weight files load.
 
 
 class Pixels:
@@ -711,8 +711,9 @@ UNDERSTOOD = {  # values that are implemented, see files.fits
 class AutoencoderKL(nn.Module):
     """The autoencoder of latent diffusion (arXiv 2112.10752): images <-> smaller latents.
 
-    entries: those of diffusers' config.json; where one is missing, Stable Diffusion's holds. Raises
-    ValueError for others. sd-vae-ft-mse and sd-vae-ft-ema share the encoder, not the decoder.
+    entries: those of diffusers' config.json. Where one is missing, Stable Diffusion's holds. Raises
+    ValueError if one is not implemented. sd-vae-ft-mse and sd-vae-ft-ema have the same encoder, and
+    different decoders.
     """
 
     pixels_at_once = 16 * 256 * 256  # in_slices bounds the memory by this: 512 px fit a small GPU
@@ -754,17 +755,18 @@ class AutoencoderKL(nn.Module):
     def encode(self, images):
         """Images [N, 3, H, W] in [-1, 1] -> mean and std [N, C, h, w], not scaled."""
         networks = nn.Sequential(self.encoder, self.quant_conv)
-        moments = self.in_slices(networks, images, images[0, 0].numel())
+        moments = self.in_slices(networks, images, images.shape[2:].numel())
         mean, log_variance = moments.chunk(2, dim=1)
         return mean, torch.exp(0.5 * log_variance.clamp(-30, 20))
 
     def decode(self, latents):
         """Latents [N, C, h, w], not scaled -> images [N, 3, H, W], about in [-1, 1]."""
         networks = nn.Sequential(self.post_quant_conv, self.decoder)
-        return self.in_slices(networks, latents, latents[0, 0].numel() * self.downsampling**2)
+        pixels = latents.shape[2:].numel() * self.downsampling**2
+        return self.in_slices(networks, latents, pixels)
 
     def in_slices(self, networks, inputs, pixels):
-        """Applies networks to a few inputs at a time. pixels: those of the image of one input."""
+        """Applies networks to a few inputs at a time. pixels: how many one image has."""
         slices = inputs.split(max(1, self.pixels_at_once // pixels))
         return torch.cat([networks(part) for part in slices])
 
@@ -795,7 +797,7 @@ def complete_config(entries):
 
 
 def sequence(**modules):
-    """Returns an nn.Sequential of modules, which have these names in the files of the weights."""
+    """Returns an nn.Sequential of modules with names: those in diffusers' weight files."""
     return nn.Sequential(OrderedDict(modules))
 
 
@@ -820,7 +822,7 @@ def levels(widths, types, depth, groups):
 
 
 class Level(nn.Module):
-    """Residual blocks, then a change of the resolution by what is in downsamplers or upsamplers.
+    """Residual blocks, and then what changes the resolution, in downsamplers or upsamplers.
 
     Self-attention follows each of the first `num_attentions` residual blocks.
     """
@@ -1094,7 +1096,7 @@ def missing_files(folder, rank, world):
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 OTHER_IMAGES = ".avif .bmp .gif .heic .heif .jfif .jp2 .jxl .pgm .pnm .ppm .tga .tif .tiff"
-SPLITS = "train training val valid validation test"
+SPLITS = "train training val valid validation test"  # these alone are no class folders
 
 
 class Images:
