@@ -44,7 +44,7 @@ import sample
 import train_sddit
 
 SCRIPTS = {}
-for name in ("repa", "diversedit", "sddit", "meanflow"):
+for name in ("repa", "diversedit", "sddit", "meanflow", "dit"):
     SCRIPTS[name] = importlib.import_module(f"train_{name}")
 PARTS = ["data", "forward", "backward", "update"]
 WARM_UP = 5  # steps of each run that are not counted; the first one compiles
