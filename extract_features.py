@@ -33,6 +33,14 @@ them after it:
     clip-vit-L       vit_large_patch14_clip_quickgelu_224.openai
 MoCo v3 is not in timm. SigLIP (vit_large_patch16_siglip_256.webli) is not in REPA's code.
 
+--vae takes any AutoencoderKL of diffusers, with the sizes and the scale that its config.json tells:
+    stabilityai/sd-vae-ft-mse, -ema                      4 channels, 1/8 of the side
+    stabilityai/sdxl-vae                                 4, 1/8
+    stabilityai/stable-diffusion-3-medium-diffusers/vae  16, 1/8 (a folder inside the repository)
+    black-forest-labs/FLUX.1-schnell/vae                 16, 1/8
+    REPA-E/e2e-sdvae-hf                                  4, 1/8 (arXiv 2504.10483)
+    REPA-E/e2e-vavae-hf, e2e-invae-hf                    32, 1/16: use --patch 1
+
 Shapes in the right margin: N images, V views, C, H, W channels, height, width, T = G^2 tokens on a
 G x G grid, E the width of a token.
 """
@@ -141,20 +149,24 @@ class Pixels:
         return latents
 
 
-def group_norm(channels):
-    return nn.GroupNorm(32, channels, eps=1e-6)
+def group_norm(channels, groups):
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 def conv3(c_in, c_out):
     return nn.Conv2d(c_in, c_out, 3, padding=1)
 
 
+def conv1(c, wanted):
+    return nn.Conv2d(c, c, 1) if wanted else nn.Identity()
+
+
 class ResnetBlock(nn.Module):
-    def __init__(self, c_in, c_out):
+    def __init__(self, c_in, c_out, groups):
         super().__init__()
-        self.norm1 = group_norm(c_in)
+        self.norm1 = group_norm(c_in, groups)
         self.conv1 = conv3(c_in, c_out)
-        self.norm2 = group_norm(c_out)
+        self.norm2 = group_norm(c_out, groups)
         self.conv2 = conv3(c_out, c_out)
         self.conv_shortcut = nn.Identity()
         if c_in != c_out:
@@ -169,9 +181,9 @@ class ResnetBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention over all positions, with one head."""
 
-    def __init__(self, c):
+    def __init__(self, c, groups):
         super().__init__()
-        self.group_norm = group_norm(c)
+        self.group_norm = group_norm(c, groups)
         self.to_q = nn.Linear(c, c)
         self.to_k = nn.Linear(c, c)
         self.to_v = nn.Linear(c, c)
@@ -183,16 +195,30 @@ class AttentionBlock(nn.Module):
         return x + self.to_out(h).squeeze(1).mT.reshape(x.shape)
 
 
-class MiddleBlock(nn.Module):
-    def __init__(self, c):
+class Level(nn.Module):
+    """Residual blocks, then a change of the resolution by what is in downsamplers or upsamplers.
+
+    Self-attention follows each of the first `num_attentions` residual blocks.
+    """
+
+    def __init__(self, c_in, c_out, depth, num_attentions, groups):
         super().__init__()
-        self.resnets = nn.Sequential(ResnetBlock(c, c), ResnetBlock(c, c))
-        self.attentions = nn.Sequential(AttentionBlock(c))
+        self.resnets = nn.ModuleList()
+        self.attentions = nn.ModuleList()
+        for i in range(depth):
+            self.resnets.append(ResnetBlock(c_in, c_out, groups))
+            c_in = c_out
+            if i < num_attentions:
+                self.attentions.append(AttentionBlock(c_out, groups))
+        self.downsamplers = nn.Sequential()
+        self.upsamplers = nn.Sequential()
 
     def forward(self, x):
-        x = self.resnets[0](x)
-        x = self.attentions(x)
-        return self.resnets[1](x)
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x)
+            if i < len(self.attentions):
+                x = self.attentions[i](x)
+        return self.upsamplers(self.downsamplers(x))
 
 
 # The networks below are nn.Sequential: they apply their attributes in the order of assignment.
@@ -202,91 +228,143 @@ def downsample(c):
     layer = nn.Sequential()
     layer.pad = nn.ZeroPad2d((0, 1, 0, 1))
     layer.conv = nn.Conv2d(c, c, 3, stride=2)
-    return nn.Sequential(layer)
+    return layer
 
 
 def upsample(c):
     layer = nn.Sequential()
     layer.upsample = nn.Upsample(scale_factor=2.0)
     layer.conv = conv3(c, c)
-    return nn.Sequential(layer)
+    return layer
 
 
-def levels(widths, depth, name, resample):
-    """Returns a level for each width: `depth` residual blocks, then `resample`, called `name`.
+def levels(widths, types, depth, groups):
+    """Returns a level of `depth` residual blocks for each width, of a type as in config.json.
 
     The last level does not change the resolution.
     """
     blocks = nn.Sequential()
     c_in = widths[0]
-    for c_out in widths:
-        level = nn.Sequential()
-        level.resnets = nn.Sequential(ResnetBlock(c_in, c_out))
-        for _ in range(depth - 1):
-            level.resnets.append(ResnetBlock(c_out, c_out))
-        level.add_module(name, resample(c_out))
+    for c_out, block_type in zip(widths, types, strict=True):
+        num_attentions = depth if "Attn" in block_type else 0
+        level = Level(c_in, c_out, depth, num_attentions, groups)
+        if len(blocks) < len(widths) - 1:
+            if "Down" in block_type:
+                level.downsamplers.append(downsample(c_out))
+            else:
+                level.upsamplers.append(upsample(c_out))
         blocks.append(level)
         c_in = c_out
-    delattr(blocks[-1], name)
     return blocks
 
 
-def conv_network(c_in, widths, c_out, **middle):
+def conv_network(c_in, widths, c_out, groups, **middle):
     """Returns a network: convolution, the `middle` modules in their order, convolution."""
     network = nn.Sequential()
     network.conv_in = conv3(c_in, widths[0])
     for name, module in middle.items():
         network.add_module(name, module)
-    network.conv_norm_out = group_norm(widths[-1])
+    network.conv_norm_out = group_norm(widths[-1], groups)
     network.act = nn.SiLU()
     network.conv_out = conv3(widths[-1], c_out)
     return network
 
 
-class AutoencoderKL(nn.Module):
-    """Stable Diffusion's autoencoder (arXiv 2112.10752): images <-> latents, 1/8 of the side.
+STABLE_DIFFUSION = {  # entries of config.json, and what holds where one of them is missing
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "mid_block_add_attention": True,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "shift_factor": 0.0,
+}
+UNDERSTOOD = {  # values that are implemented, see files.fits
+    "_class_name": {"AutoencoderKL"},
+    "act_fn": {"silu"},
+    "down_block_types": [{"DownEncoderBlock2D", "AttnDownEncoderBlock2D"}],
+    "up_block_types": [{"UpDecoderBlock2D", "AttnUpDecoderBlock2D"}],
+    "scaling_factor": files.PER_CHANNEL,
+    "shift_factor": files.PER_CHANNEL,
+}
 
-    sd-vae-ft-mse and sd-vae-ft-ema have the same encoder and different decoders.
+
+def complete_config(entries):
+    """Returns all entries that an AutoencoderKL needs, from those of its config.json.
+
+    Raises ValueError if one is not implemented, or if the scale of the latents is not known.
+    """
+    config = STABLE_DIFFUSION | entries
+    config["shift_factor"] = config["shift_factor"] or 0.0  # null is 0
+    if config.get("latents_std"):
+        # official code: a pipeline of diffusers also multiplies by scaling_factor, REPA-E's code
+        # does not / here: as in REPA-E's, because models expect a standard deviation near 1
+        config["shift_factor"] = config["latents_mean"]
+        config["scaling_factor"] = [1 / std for std in config["latents_std"]]
+    elif STABLE_DIFFUSION == {name: config[name] for name in STABLE_DIFFUSION}:
+        config.setdefault("scaling_factor", 0.18215)  # its config.json is older than this entry
+    files.expect(config, UNDERSTOOD)
+    return config
+
+
+class AutoencoderKL(nn.Module):
+    """The autoencoder of latent diffusion (arXiv 2112.10752): images <-> smaller latents.
+
+    entries: those of diffusers' config.json; where one is missing, Stable Diffusion's holds. Raises
+    ValueError for others. sd-vae-ft-mse and sd-vae-ft-ema share the encoder, not the decoder.
     """
 
-    channels = 4
-    downsampling = 8
-    scale = 0.18215
-    shift = 0.0
     pixels_at_once = 16 * 256 * 256  # a slice of the batch: 512 px fit a small GPU
 
-    def __init__(self, widths=(128, 256, 512, 512)):
+    def __init__(self, entries=None):
         super().__init__()
+        config = complete_config(entries or {})
+        widths = config["block_out_channels"]
+        depth = config["layers_per_block"]
+        groups = config["norm_num_groups"]
+        num_attentions = int(config["mid_block_add_attention"])
+        self.channels = config["latent_channels"]
+        self.downsampling = 2 ** (len(widths) - 1)
+        self.scale = config["scaling_factor"]
+        self.shift = config["shift_factor"]
+
         self.encoder = conv_network(
             3,
             widths,
-            8,
-            down_blocks=levels(widths, 2, "downsamplers", downsample),
-            mid_block=MiddleBlock(widths[-1]),
+            2 * self.channels,
+            groups,
+            down_blocks=levels(widths, config["down_block_types"], depth, groups),
+            mid_block=Level(widths[-1], widths[-1], 2, num_attentions, groups),
         )
-        self.quant_conv = nn.Conv2d(8, 8, 1)
+        self.quant_conv = conv1(2 * self.channels, config["use_quant_conv"])
         widths = widths[::-1]  # from the latents to the images
         self.decoder = conv_network(
-            4,
+            self.channels,
             widths,
             3,
-            mid_block=MiddleBlock(widths[0]),
-            up_blocks=levels(widths, 3, "upsamplers", upsample),
+            groups,
+            mid_block=Level(widths[0], widths[0], 2, num_attentions, groups),
+            up_blocks=levels(widths, config["up_block_types"], depth + 1, groups),
         )
-        self.post_quant_conv = nn.Conv2d(4, 4, 1)
+        self.post_quant_conv = conv1(self.channels, config["use_post_quant_conv"])
         self.eval().requires_grad_(False)
 
     def encode(self, images):
-        """Images [N, 3, H, W] in [-1, 1] -> mean and std [N, 4, H/8, W/8], not scaled."""
+        """Images [N, 3, H, W] in [-1, 1] -> mean and std [N, C, h, w], not scaled."""
         networks = nn.Sequential(self.encoder, self.quant_conv)
         moments = self.in_slices(networks, images, pixels_per_position=1)
         mean, log_variance = moments.chunk(2, dim=1)
         return mean, torch.exp(0.5 * log_variance.clamp(-30, 20))
 
     def decode(self, latents):
-        """Latents [N, 4, h, w], not scaled -> images [N, 3, 8 h, 8 w], about in [-1, 1]."""
+        """Latents [N, C, h, w], not scaled -> images [N, 3, H, W], about in [-1, 1]."""
         networks = nn.Sequential(self.post_quant_conv, self.decoder)
-        return self.in_slices(networks, latents, pixels_per_position=64)
+        return self.in_slices(networks, latents, pixels_per_position=self.downsampling**2)
 
     def in_slices(self, networks, batch, pixels_per_position):
         """Applies networks to a batch in slices that cover about pixels_at_once image pixels."""
@@ -295,15 +373,23 @@ class AutoencoderKL(nn.Module):
         return torch.cat([networks(part) for part in batch.split(size)])
 
 
+def per_channel(value, latents):
+    """Returns a scale or shift, a number or a list of C, such that it fits latents [N, C, h, w]."""
+    if isinstance(value, list):
+        value = torch.tensor(value).view(-1, 1, 1).to(latents, non_blocking=True)
+    return value
+
+
 OFFLINE = "HF_HUB_OFFLINE=1 skips the wait"
 
 
 def load_autoencoder(name, device="cpu"):
     """Returns the autoencoder of a hub repository, a folder or a file, or Pixels for the name none.
 
-    The result has channels, downsampling, scale, shift, encode and decode; models see
-    (latent - shift) * scale. Raises UserError if the weights cannot be had, or if they are of
-    another architecture.
+    A folder of a repository may follow its name: owner/name/vae. Without a config.json beside them,
+    the weights are Stable Diffusion's. The result has channels, downsampling, scale, shift, encode
+    and decode; models see (latent - shift) * scale, where both are a number or a list with one for
+    each channel. Raises UserError if the weights cannot be had, or do not fit.
     """
     if name == "none":
         return Pixels()
@@ -314,23 +400,22 @@ def load_autoencoder(name, device="cpu"):
     elif not path.is_file():
         remedy = f"pass a folder or file with its {file}, or --vae none for pixels; {OFFLINE}"
         with explaining(f"--vae {name}: cannot be downloaded", remedy):
-            huggingface_hub.hf_hub_download(name, "config.json")  # into the folder of the weights
-            path = Path(huggingface_hub.hf_hub_download(name, file))
+            parts = name.split("/")
+            repository = "/".join(parts[:2])
+            for wanted in ("config.json", file):  # the hub puts both into one folder
+                wanted = "/".join([*parts[2:], wanted])
+                path = Path(huggingface_hub.hf_hub_download(repository, wanted))
 
-    config = {}
+    entries = {}
     config_file = path.with_name("config.json")
-    if config_file.exists():
-        with explaining(f"--vae {name}: damaged config.json", "copy or download it again"):
-            config = dict(json.loads(config_file.read_text()))
-    kind = config.get("_class_name", "AutoencoderKL")
-    if kind != "AutoencoderKL":
-        raise UserError(f"--vae {name}: is of class {kind}; pass an AutoencoderKL")
+    remedy = "pass an AutoencoderKL of diffusers with all its entries"
+    with explaining(f"--vae {name}: config.json does not describe a known autoencoder", remedy):
+        if config_file.exists():
+            entries = dict(json.loads(config_file.read_text()))
+        autoencoder = AutoencoderKL(entries)
 
-    autoencoder = AutoencoderKL()
-    autoencoder.scale = config.get("scaling_factor") or autoencoder.scale
-    autoencoder.shift = config.get("shift_factor") or autoencoder.shift
     weights = read_weights(path)
-    remedy = "pass those of Stable Diffusion's autoencoder"
+    remedy = "pass the folder that has their config.json, too, or those of Stable Diffusion"
     with explaining(f"--vae {name}: weights of another architecture", remedy):
         autoencoder.load_state_dict(modern_names(weights))
     return autoencoder.to(device)
@@ -344,9 +429,9 @@ def modern_names(weights):
     renamed = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     state = {}
     for key, value in weights.items():
-        for old, new in renamed.items():
-            key = key.replace(f"attentions.0.{old}.", f"attentions.0.{new}.")
-        if "attentions.0.to_" in key:
+        if ".attentions." in key:
+            for old, new in renamed.items():
+                key = key.replace(f".{old}.", f".{new}.")
             value = value.squeeze()
         state[key] = value
     return state
@@ -574,7 +659,9 @@ class CachedFeatures(Dataset):
         The noise 0 gives the mean.
         """
         mean, std = moments.float().chunk(2, dim=1)
-        return (mean + std * vae_noise - self.meta["latent_shift"]) * self.meta["latent_scale"]
+        shift = per_channel(self.meta["latent_shift"], mean)
+        scale = per_channel(self.meta["latent_scale"], mean)
+        return (mean + std * vae_noise - shift) * scale
 
     def fixed_batch(self, count, device=None):
         """Returns a batch (see loader): first views of `count` images, spread over the classes."""

@@ -1,13 +1,16 @@
-"""The ADM evaluation suite in PyTorch: FID, sFID, Inception Score, precision and recall.
+"""The ADM evaluation suite in PyTorch (FID, sFID, Inception Score, precision, recall), and MIND.
 
 This file imports nothing from the repository, so that it can be copied; crop, errors and file
 helpers are repeated here for that reason.
 
-    python fid.py VIRTUAL_imagenet256_labeled.npz samples.npz           # the papers' five numbers
+    python fid.py VIRTUAL_imagenet256_labeled.npz samples.npz           # papers' numbers, and MIND
     python fid.py REF A.npz B.npz C.npz                                 # one row per set of samples
     python fid.py --stats imagenet/val --image-size 256 --out val.npz   # make your own reference
     python fid.py tests/digits.npz samples.npz --features pixels        # sanity check, no weights
     torchrun --nproc_per_node=8 fid.py REF SAMPLES                      # features on 8 GPUs
+    python fid.py --stats imagenet/train --image-size 256 --fdr6 --out six.npz
+    python fid.py six.npz samples.npz --fdr6                            # six spaces and their mean
+    python fid.py six.npz samples.npz --features dinov2                 # FD-DINOv2 and its MIND
 
 REF and SAMPLES are uint8 images [N, H, W, 3] in an .npz (`arr_0`) or .npy file, or folders of
 images. If an .npz stores statistics (`mu sigma mu_s sigma_s`), FID and sFID use these. ADM's
@@ -23,7 +26,13 @@ If REF is small, the floor is too high, and good samples can fall below it.
     IS         arXiv 1606.03498   exp(mean KL(p(class | image) || p(class))): sharp, varied images
     precision  arXiv 1904.06991   share of the samples inside the manifold of the reference
     recall     arXiv 1904.06991   share of the reference inside the manifold of the samples
-ADM is evaluations/evaluator.py of openai/guided-diffusion.
+    MIND       arXiv 2605.06797   3 D mean(W2^2) of the features, projected onto 1,000 random lines
+ADM is evaluations/evaluator.py of openai/guided-diffusion. MIND's authors find that 5,000 samples
+do for it what 50,000 do for FID.
+
+With --features NAME, `fid` is FD: the same distance of another network's features. Its statistics
+in an .npz are named after it: mu_dinov2, sigma_dinov2. FDr^6 (arXiv 2604.28190) is the mean, over
+six networks, of the FD of the samples divided by the FD of ImageNet's validation set.
 Shapes: N, M images; D feature width (FID 2048, sFID 17 * 17 * 7 = 2023); C = 1008 classes.
 """
 
@@ -48,7 +57,7 @@ from PIL import Image
 from torchvision.models import inception
 from tqdm import tqdm
 
-METRICS = ("fid", "sfid", "inception_score", "precision", "recall")
+METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "mind")
 PR_BLOCK = 10_000  # rows and columns of a block of distances; ADM tests each block for overflow
 PR_IMAGES = 10_000  # what --stats keeps for precision and recall, as many as ADM's references
 
@@ -130,6 +139,57 @@ class PixelFeatures(torch.nn.Module):
     def forward(self, images):
         grey = images.float().mean(1) / 255
         return (torch.nn.functional.adaptive_avg_pool2d(grey, 8).flatten(1),)
+
+
+# A space of FDr^6 (arXiv 2604.28190, FD-loss): timm's model, the side of its input, and the FD of
+# ImageNet's 50,000 validation images, as published, with images of 256 x 256.
+SPACES = {
+    "inception": (None, 299, 1.68),
+    "convnext": ("convnextv2_base.fcmae_ft_in22k_in1k", 224, 56.87),
+    "dinov2": ("vit_large_patch14_dinov2.lvd142m", 256, 14.19),
+    "mae": ("vit_large_patch16_224.mae", 224, 0.04),
+    "siglip": ("vit_so400m_patch16_siglip_256.v2_webli", 224, 0.60),
+    # OpenAI trained it with QuickGELU / here, as in FD-loss: GELU, because 5.60 was found with it
+    "clip": ("vit_large_patch14_clip_224.openai", 256, 5.60),
+}
+
+
+class TimmFeatures(torch.nn.Module):
+    """Turns images [N, 3, H, W] of 0 .. 255 into what a timm model pools of them, ([N, D],).
+
+    weights: a file of them, or None for timm's, which are downloaded and kept. Raises UserError
+    unless it holds all of the model's weights.
+    """
+
+    def __init__(self, space, weights):
+        super().__init__()
+        name, side, _ = SPACES.get(space, (space, None, None))
+        options = {}
+        if side and "vit" in name:  # patches of 14 do not fill 256 pixels: zeros are added
+            options = {"dynamic_img_size": True, "dynamic_img_pad": True}
+        remedy = "it must be in timm.list_pretrained(); pass its weights with --features-weights"
+        with explaining(f"--features {name}, weights {weights or 'of timm'}", remedy):
+            import timm  # only here: the file works without it
+
+            if weights:
+                state = timm.models.load_state_dict(str(weights), weights_only=True)
+                options["pretrained_cfg_overlay"] = {"state_dict": state}
+            self.net = timm.create_model(name, pretrained=True, **options)
+        config = self.net.pretrained_cfg
+        self.side = side or config["input_size"][-1]
+        self.name = f"{name}, bicubic resize to {self.side} with antialias"
+        self.widths = {"fid": self.net.num_features}
+        for constant in ("mean", "std"):
+            self.register_buffer(constant, torch.tensor(config[constant]).view(3, 1, 1))
+        self.eval().requires_grad_(False)
+
+    def forward(self, images):
+        x = images.float() / 255
+        x = torch.nn.functional.interpolate(x, self.side, mode="bicubic", antialias=True)
+        x = self.net.forward_features((x - self.mean) / self.std)
+        if "convnext" in self.name:  # FD-loss averages the map before the last norm
+            return (x.mean((2, 3)),)
+        return (self.net.forward_head(x, pre_logits=True),)  # CLS, or as the model pools
 
 
 # ---- metrics: pure functions
@@ -239,6 +299,31 @@ def rounded_distances(u, v, dtype):
     return (norm_u - 2 * product + norm_v).clamp(min=0).float()
 
 
+def monge_distance(reference, samples, lines=1000):
+    """Returns MIND (arXiv 2605.06797) of samples [M, D] and a reference [N, D]: a float.
+
+    It is 3 D times the mean, over random lines through 0, of the squared 2-Wasserstein distance of
+    both sets projected onto the line. If one set is larger, some random rows of it are taken.
+    """
+    d = reference.shape[1]
+    n = min(len(reference), len(samples))
+    generator = torch.Generator().manual_seed(2020)  # rows and lines are those of torch-fidelity
+    sets = []
+    for x in (reference, samples):
+        if len(x) > n:
+            x = x[torch.randperm(len(x), generator=generator)[:n]]
+        sets.append(x.float())
+    directions = torch.randn(lines, d, generator=generator).to(sets[0].device)
+    directions = torch.nn.functional.normalize(directions)            # [lines, D]
+
+    # In one dimension the best transport joins the i-th smallest numbers of both sets.
+    total = 0
+    for block in directions.split(50):  # 50 lines of 50,000 images take 10 MB
+        ours, theirs = [(block @ x.T).sort().values for x in sets]    # [50, n]
+        total += (ours - theirs).square().mean(1).double().sum().item()
+    return 3 * d * total / lines
+
+
 # ---- features and report
 
 
@@ -250,22 +335,24 @@ class Measured:
     statistics: dict                                                 # mu [D], sigma [D, D], fp64
 
 
-def measure(source, model, args, rank, world):
+def measure(source, space, model, args, rank, world):
     """Returns a Measured with the features and the statistics of a source of images.
 
     Statistics that the source stores win over computed ones, as in ADM. Features are not kept for
-    --stats, because a training set has too many. Raises UserError if images differ in size, or if
-    features are not finite.
+    --stats, because a training set has too many, nor for --fdr6, which needs none. Raises UserError
+    if images differ in size, or if features are not finite.
     """
     count = source.shape[0]
-    if count == 0:
-        return Measured({}, source.stored)
+    stored = source.stored[space]
+    if count == 0 or (args.fdr6 and stored):
+        return Measured({}, stored)
 
+    keep = not (args.stats or args.fdr6)
     features = {}
     sum_x = {}
     sum_xx = {}
     for kind, d in model.widths.items():
-        if not args.stats:
+        if keep:
             features[kind] = torch.zeros(count, d, device=args.device)
         sum_x[kind] = torch.zeros(d, dtype=torch.float64, device=args.device)
         sum_xx[kind] = torch.zeros(d, d, dtype=torch.float64, device=args.device)
@@ -286,7 +373,7 @@ def measure(source, model, args, rank, world):
             images = torch.from_numpy(np.stack(batch)).to(args.device)
             outputs = model(images.permute(0, 3, 1, 2))
             for kind, x in zip(model.widths, outputs, strict=True):
-                if not args.stats:
+                if keep:
                     features[kind][start : rows.stop] = x
                 x = x.double()
                 sum_x[kind] += x.sum(0)
@@ -306,7 +393,7 @@ def measure(source, model, args, rank, world):
             raise UserError(f"{source.path}: its features are not finite; are the weights intact?")
         covariance = (second_moment - mean.outer(mean)) * count / (count - 1)
         statistics[kind] = (mean, covariance)
-    return Measured(features, source.stored or statistics)
+    return Measured(features, stored or statistics)
 
 
 def compare(reference, samples, model, args):
@@ -323,6 +410,7 @@ def compare(reference, samples, model, args):
         results["precision"], results["recall"] = precision_recall(
             reference.features["fid"], samples.features["fid"], fp16=not args.fp32_distances
         )
+        results["mind"] = monge_distance(reference.features["fid"], samples.features["fid"])
     return results
 
 
@@ -356,44 +444,75 @@ def subset(measured, rows):
 def report(sources, measured, model, weights, args, world):
     """Compares every set of samples with the reference, the first. Writes --json, then prints."""
     reference, *sets = measured
+    rows = []
+    for samples in sets:
+        rows.append(compare(reference, samples, model, args))
+    distances = "fp32" if args.fp32_distances else "fp16 rounding as ADM"
+    how = {
+        "features": {"network": model.name, "weights_sha256": weights},
+        "precision_recall": {"k": 3, "distances": distances},
+    }
+    add_protocol(rows, sources, how, args, world)
+    floor_row = floor(reference, sets, model, args)
+    shown = [*rows, floor_row] if floor_row else rows
+    publish(rows, {"floor": floor_row}, METRICS, shown, sources, args)
+
+
+def report_fdr6(sources, measured, networks, args, world):
+    """Prints and writes the six distances of every set of samples, their ratios and FDr^6.
+
+    measured: {space: the Measured of all sources}; networks: {space: a description}.
+    """
+    rows = []
+    shown = []
+    for i, source in enumerate(sources[1:], start=1):
+        distances = {}
+        ratios = {}
+        for space, sets in measured.items():
+            moments = (*sets[0].statistics["fid"], *sets[i].statistics["fid"])
+            distances[space] = frechet_distance(*moments)
+            ratios[space] = distances[space] / SPACES[space][2]
+        mean = sum(ratios.values()) / len(ratios)
+        rows.append({"fdr6": mean, "fd": distances, "ratio": ratios})
+        shown.append({"set": str(source.path), "mean": None} | distances)
+        shown.append({"set": "divided by ImageNet's validation set", "mean": mean} | ratios)
+    add_protocol(rows, sources, {"features": networks}, args, world)
+    publish(rows, {}, [*SPACES, "mean"], shown, sources, args)
+
+
+def add_protocol(rows, sources, how, args, world):
+    """Adds to the row of every set of samples its name, and how its numbers were found."""
+    how["features"]["dtype"] = "fp32, statistics fp64"
     shared = {
         "reference": describe(sources[0]) | {"sha256": file_hash(sources[0].path)},
-        "features": {
-            "network": model.name,
-            "weights_sha256": weights,
-            "dtype": "fp32, statistics fp64",
-        },
-        "precision_recall": {
-            "k": 3,
-            "distances": "fp32" if args.fp32_distances else "fp16 rounding as ADM",
-        },
+        **how,
         "run": {"device": args.device, "processes": world, "torch": torch.__version__},
     }
-    rows = []
-    for source, samples in zip(sources[1:], sets, strict=True):
-        row = compare(reference, samples, model, args)
+    for row, source in zip(rows, sources[1:], strict=True):
         row["set"] = str(source.path)
         row["protocol"] = shared | {"samples": describe(source), "sampling": sampling(source)}
-        rows.append(row)
-    floor_row = floor(reference, sets, model, args)
 
+
+def publish(rows, more, names, shown, sources, args):
+    """Writes rows and more to --json, then prints a table of what is shown, and warnings."""
     try:
         if args.json:
             result = rows[0] if len(rows) == 1 else {"sets": rows}
-            text = json.dumps(result | {"floor": floor_row}, indent=1)
+            text = json.dumps(result | more, indent=1)
             write(args.json, lambda file: file.write(text.encode()))
     finally:  # the results are printed even if the disk is full
-        print_table(rows, floor_row)
-        if args.features == "inception":  # figures of pixels need no warnings
+        print_table(names, shown)
+        print_protocol(rows)
+        if args.features != "pixels":  # figures of pixels need no warnings
             for source in sources:
-                warn_about(source, is_reference=source is sources[0])
+                warn_about(source, sources[0], args)
 
 
 def describe(source):
     return {
         "path": str(source.path),
         "images": list(source.shape),
-        "statistics": "stored" if source.stored else "computed",
+        "statistics": "stored" if all(source.stored.values()) else "computed",
     }
 
 
@@ -405,19 +524,18 @@ def sampling(source):
         return None
 
 
-def print_table(rows, floor_row):
-    print(*[f"{name:>15}" for name in METRICS])
-    shown = list(rows)
-    if floor_row:
-        shown.append(floor_row)
-    for row in shown:
-        for name in METRICS:
+def print_table(names, rows):
+    print(*[f"{name:>15}" for name in names])
+    for row in rows:
+        for name in names:
             cell = "-"
             if row[name] is not None:
                 cell = f"{round(row[name], 4) + 0.0:.4f}"  # + 0.0 makes 0 of a rounded -0.0
             print(f"{cell:>15}", end=" ")
         print("", row["set"])
 
+
+def print_protocol(rows):
     for row in rows:
         for name, settings in row["protocol"].items():
             if row is not rows[0] and name not in ("samples", "sampling"):
@@ -426,17 +544,28 @@ def print_table(rows, floor_row):
             print(f"{name:16}", ", ".join(words) or "not recorded")
 
 
-def warn_about(source, is_reference):
-    count = source.shape[0]
+def warn_about(source, reference, args):
+    count, *size = source.shape[:3]
+    expected = [256, 256] if args.fdr6 else list(reference.shape[1:3])
     labels = source.extra.get("arr_1")
-    if not source.stored and count < 50_000:
+    if not all(source.stored.values()) and count < 50_000:
         warn(
             f"{source.path}: {count} images; "
             "the fewer there are, the higher the FID is; papers use 50,000"
         )
-    if source.stored and "sfid" not in source.stored:
+    if size and expected and size != expected:
+        whose = "the validation set of FDr^6" if args.fdr6 else reference.path
+        warn(
+            f"{source.path}: its images are {size[0]} x {size[1]}, those of {whose} are"
+            f" {expected[0]} x {expected[1]}; this alone raises the distances"
+        )
+    if args.spaces != ["inception"]:
+        return
+
+    stored = source.stored["inception"]
+    if stored and "sfid" not in stored:
         warn(f"{source.path}: no mu_s and sigma_s, which sFID needs; --stats writes them")
-    if is_reference or labels is None or labels.shape != (count,):
+    if source is reference or labels is None or labels.shape != (count,):
         return
     if labels[0] < labels[-1] and (labels[:-1] <= labels[1:]).all():
         warn(f"{source.path}: sorted by class, which makes the Inception Score far too low")
@@ -446,16 +575,17 @@ def warn_about(source, is_reference):
 # .extra (the small arrays of an .npz), .stored (see open_source), and source[i] is an image
 
 
-EXTRA = ("mu", "sigma", "mu_s", "sigma_s", "arr_1", "protocol")
+EXTRA = ("mu", "sigma", "arr_1", "protocol")  # what begins like them is read as well: mu_s
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 OTHER_IMAGES = ".avif .bmp .gif .heic .heif .jfif .jp2 .jxl .pgm .pnm .ppm .tga .tif .tiff"
 MOST_PIXELS = 2**28  # a resized image may have as many: 0.8 GB
 
 
 def open_source(path, args):
-    """Opens and checks a set of images. Its .stored holds the statistics of an .npz that are used.
+    """Opens and checks a set of images. Its .stored[space] holds the .npz's statistics to be used.
 
-    Raises UserError if there are too few images, or images of another size than --image-size.
+    Raises UserError if there are too few images, or images of another size than --image-size, or
+    statistics of other spaces only.
     """
     if os.path.isdir(path):  # unlike path.is_dir, this bears a name that is too long
         source = FolderImages(path, args.image_size)
@@ -465,12 +595,14 @@ def open_source(path, args):
         raise UserError(f"{path}: no such file or folder")
 
     source.stored = {}
-    if args.features == "inception" and not args.stats:
-        source.stored = stored_statistics(source)
+    for space in args.spaces:
+        source.stored[space] = {}
+        if space != "pixels" and not args.stats:
+            source.stored[space] = stored_statistics(source, space)
 
     count = source.shape[0]
     shape = list(source.shape[1:])
-    if count < 4 and not (count == 0 and source.stored):
+    if count < 4 and not (count == 0 and all(source.stored.values())):
         raise UserError(
             f"{path}: holds {count} images; "
             "at least 4 are needed, and 50,000 for a figure to quote"
@@ -483,16 +615,26 @@ def open_source(path, args):
     return source
 
 
-def stored_statistics(source):
-    """Returns the statistics that an .npz holds: {"fid": (mu, sigma), "sfid": (mu_s, sigma_s)}."""
+def suffixes(space):
+    """Returns how the names of a space's statistics end in an .npz: ADM's mu and mu_s, mu_clip."""
+    if space == "inception":
+        return {"fid": "", "sfid": "_s"}
+    return {"fid": f"_{space}"}
+
+
+def stored_statistics(source, space):
+    """Returns the statistics that an .npz holds: {"fid": (mu, sigma), "sfid": (mu_s, sigma_s)}.
+
+    Raises UserError if it holds those of other spaces only.
+    """
     stored = {}
-    for kind, suffix in (("fid", ""), ("sfid", "_s")):
+    for kind, suffix in suffixes(space).items():
         mu = source.extra.get(f"mu{suffix}")
         sigma = source.extra.get(f"sigma{suffix}")
         if mu is None or sigma is None:
             continue
-        d = InceptionV3.widths[kind]
         with explaining(source.path, "make it again with --stats"):
+            d = InceptionV3.widths[kind] if space == "inception" else mu.size
             finite = np.isfinite(mu).all() and np.isfinite(sigma).all()
             if mu.shape != (d,) or sigma.shape != (d, d) or not finite:
                 raise ValueError(
@@ -500,6 +642,13 @@ def stored_statistics(source):
                     f"not finite arrays of shape ({d},) and ({d}, {d})"
                 )
         stored[kind] = (mu, sigma)
+
+    others = [name for name in source.extra if name.startswith("sigma")]
+    if others and "fid" not in stored:
+        raise UserError(
+            f"{source.path}: holds {' '.join(others)} of other spaces, and nothing of {space}; make"
+            f" a reference with --stats --features {space}, or save its arr_0 as an .npy"
+        )
     return stored
 
 
@@ -518,8 +667,9 @@ class ArrayImages:
                 size = path.stat().st_size
             else:
                 archive = np.lib.npyio.NpzFile(path, allow_pickle=False)
-                self.extra = {name: archive[name] for name in archive.files if name in EXTRA}
-                if "mu" in self.extra and "arr_0" not in archive.files:
+                small = [name for name in archive.files if name.startswith(EXTRA)]
+                self.extra = {name: archive[name] for name in small}
+                if small and "arr_0" not in archive.files:
                     return
                 self.file = archive.zip.open("arr_0.npy")
                 size = archive.zip.getinfo("arr_0.npy").file_size
@@ -636,12 +786,16 @@ def center_crop(image, size):
 
 
 def write_reference(path, source, statistics):
-    """Writes what ADM's references hold: statistics, and images for precision and recall."""
-    mu, sigma = statistics["fid"]
-    mu_s, sigma_s = statistics["sfid"]
+    """Writes what ADM's references hold: statistics, and images for precision and recall.
+
+    statistics: {space: {"fid": (mu, sigma)}}, with "sfid" for Inception.
+    """
+    arrays = {}
+    for space, kinds in statistics.items():
+        for kind, suffix in suffixes(space).items():
+            arrays[f"mu{suffix}"], arrays[f"sigma{suffix}"] = kinds[kind]
     order = np.random.RandomState(0).permutation(source.shape[0])
-    images = np.stack([source[i] for i in sorted(order[:PR_IMAGES])])
-    arrays = dict(mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, arr_0=images)
+    arrays["arr_0"] = np.stack([source[i] for i in sorted(order[:PR_IMAGES])])
     write(path, lambda file: np.savez(file, **arrays))
 
 
@@ -680,6 +834,20 @@ def load_weights(model, path):
             torch.hub.load_state_dict_from_url(URL, check_hash=True, weights_only=True)
         model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     return file_hash(file)
+
+
+def build(space, args):
+    """Returns the network of a space, and the hash of the file that held its weights or None."""
+    if space == "pixels":
+        return PixelFeatures(), None
+    if space == "inception":
+        model = InceptionV3()
+        return model, load_weights(model, args.weights)
+    file = args.features_weights
+    if file and file.is_dir():
+        file = file / f"{space}.safetensors"
+    model = TimmFeatures(space, file)
+    return model, file and file_hash(file)
 
 
 # ---- errors and warnings
@@ -733,10 +901,16 @@ def parse_args(argv=None):
         help="also write the results to this file (default: do not)")
     add("--image-size", type=int, metavar="PIXELS",
         help="crop the images of folders to this size (default: do not)")
-    add("--features", choices=["inception", "pixels"], default="inception",
-        help="what the metrics compare (default: %(default)s)")
+    add("--features", type=space_name, metavar="NAME", default="inception",
+        help=f"what the metrics compare: {', '.join(SPACES)}, pixels, or a model of timm"
+        " (default: %(default)s)")
+    add("--fdr6", action="store_true",
+        help="compare in the six spaces of FDr^6, with no other metric")
     add("--weights", type=path_name,
         help="a file of FID Inception weights (default: torch.hub's cache, or download them)")
+    add("--features-weights", type=path_name, metavar="FILE",
+        help="weights of the timm model, .safetensors or .pth, or a folder of NAME.safetensors"
+        " (default: timm downloads them)")
     add("--batch-size", type=int, default=64,
         help="number of images per process (default: %(default)s)")
     add("--device", choices=devices, default=devices[0],
@@ -746,6 +920,11 @@ def parse_args(argv=None):
     args = parser.parse_intermixed_args(argv)
 
     size = args.image_size
+    args.spaces = list(SPACES) if args.fdr6 else [args.features]
+    if args.fdr6 and args.features != "inception":
+        parser.error("--fdr6 names six spaces; leave --features out")
+    if args.features_weights and args.spaces in (["inception"], ["pixels"]):
+        parser.error("--features-weights needs --fdr6, or --features with a model of timm")
     if args.batch_size < 1:
         parser.error(f"--batch-size {args.batch_size} must be above 0")
     if size is not None and not 1 <= size <= 4096:
@@ -760,7 +939,8 @@ def parse_args(argv=None):
         parser.error(f"--out {args.out}: must end in .npz")
     for flag, path in (("--out", args.out), ("--json", args.json)):
         if path:
-            check_output(f"{flag} {path}", path, [*args.paths, args.weights])
+            inputs = [*args.paths, args.weights, args.features_weights]
+            check_output(f"{flag} {path}", path, inputs)
     return args
 
 
@@ -769,6 +949,14 @@ def path_name(text):
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; name a file or a folder")
     return Path(text)
+
+
+def space_name(text):
+    """An argparse type. A timm model of the catalogue has its short name from here on."""
+    for short, (model, _, _) in SPACES.items():
+        if text == model:
+            return short
+    return text
 
 
 def check_output(what, path, inputs):
@@ -818,22 +1006,27 @@ def evaluate(args):
             # six hours, because whoever reads the end of a deflated file unpacks all before it
             dist.init_process_group(backend, timeout=timedelta(hours=6))
 
-    model = PixelFeatures()
-    weights = None
-    if args.features == "inception":
-        model = InceptionV3()
-        weights = load_weights(model, args.weights)
-    if args.device == "cpu":
-        model.to(memory_format=torch.channels_last)  # 1.4 times as fast
-    model.to(args.device)
-    measured = [measure(source, model, args, rank, world) for source in sources]
+    models = {space: build(space, args) for space in args.spaces}  # first: some may be missing
+    measured = {}
+    networks = {}
+    for space, (model, weights) in models.items():
+        networks[space] = f"{model.name}, weights {weights or 'of timm'}"
+        if args.device == "cpu":
+            model.to(memory_format=torch.channels_last)  # 1.4 times as fast
+        model.to(args.device)
+        measured[space] = [measure(source, space, model, args, rank, world) for source in sources]
 
     if world > 1:
         dist.destroy_process_group()
-    if rank == 0 and args.stats:
-        write_reference(args.out, sources[0], measured[0].statistics)
-    elif rank == 0:
-        report(sources, measured, model, weights, args, world)
+    if rank > 0:
+        return
+    if args.stats:
+        statistics = {space: sets[0].statistics for space, sets in measured.items()}
+        write_reference(args.out, sources[0], statistics)
+    elif args.fdr6:
+        report_fdr6(sources, measured, networks, args, world)
+    else:
+        report(sources, measured[space], model, weights, args, world)
 
 
 def main(argv=None):

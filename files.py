@@ -1,7 +1,7 @@
-"""Command lines, processes, files and run folders: what every program needs and no paper mentions.
+"""Runs, checkpoints, files, processes, command lines: what programs need and no paper mentions.
 
-A run of a training script leaves these files in its folder:
-    last.pt           model, ema, heads, opt, step, args, config, data: enough to resume the run
+A run of a training script is a folder, and the same command resumes it exactly:
+    last.pt           model, ema, heads, opt, step, args, config, data: the whole state
     STEP.pt           the same, kept every --keep-every steps
     log.jsonl         a row for every --log-every steps
     run.json          one entry per start: command, versions, device, commit
@@ -43,162 +43,6 @@ from tqdm import tqdm
 
 import dit
 
-# ---- command lines, and how a program ends
-
-
-class UserError(Exception):
-    """Something that the user can repair. Its message is one line with the thing and the remedy."""
-
-
-@contextlib.contextmanager
-def program(file, args):
-    """A program does all its work in this context, which decides how the program ends.
-
-    A UserError, an OSError of a path among the arguments, a lack of memory and Ctrl-C end it with
-    one line. Other exceptions keep their traceback.
-    """
-    name = Path(file).name
-    open_standard_streams()
-    stdout = Stream(sys.stdout)
-    stderr = Stream(sys.stderr)
-    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-        try:
-            yield
-        except UserError as error:
-            sys.exit(f"{name}: {error}")
-        except OSError as error:
-            if not is_given(error.filename, args):
-                raise
-            sys.exit(f"{name}: {error.filename}: {error.strerror}")
-        except (RuntimeError, MemoryError) as error:
-            lacking = re.search("(out of|enough|allocate) memory", str(error))
-            if isinstance(error, RuntimeError) and not lacking:
-                raise
-            flag = "--micro-batch" if "micro_batch" in args else "--batch-size"
-            sys.exit(f"{name}: out of memory; lower {flag} ({first_sentence(error)})")
-        except KeyboardInterrupt:
-            sys.exit(f"{name}: interrupted; run the same command again to go on")
-
-
-def is_given(path, args):
-    """Returns whether a path is among the arguments, or below one of them, or above it."""
-    if not isinstance(path, str):
-        return False
-    path = os.path.abspath(path)
-    for value in vars(args).values():
-        if isinstance(value, (str, Path)):
-            given = os.path.abspath(value)
-            if path.startswith(given) or given.startswith(path):
-                return True
-    return False
-
-
-def open_standard_streams():
-    """Opens the null device in place of stdin, stdout and stderr if they were closed (`2>&-`).
-
-    Otherwise the next file that is opened would get their number, and the output of libraries.
-    """
-    for number in (0, 1, 2):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
-
-
-class Stream:
-    """stdout or stderr for a run that must not end when its reader goes away (`| head -1`)."""
-
-    def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")
-        if hasattr(self.stream, "reconfigure"):
-            self.stream.reconfigure(errors="backslashreplace")
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        self.attempt(self.stream.write, text)
-
-    def flush(self):
-        self.attempt(self.stream.flush)
-
-    def attempt(self, action, *arguments):
-        try:
-            action(*arguments)
-        except OSError:  # discard all further output, and what is still in the buffer
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-
-@contextlib.contextmanager
-def explaining(what, remedy):
-    """Turns whatever is raised inside into a UserError. Use it only around a decoder of files."""
-    try:
-        yield
-    except Exception as error:  # libraries raise about ten types for a damaged file
-        raise UserError(f"{what} ({first_sentence(error)}); {remedy}") from None
-
-
-def first_sentence(error):
-    text = " ".join(str(error).split())
-    return text.split(". ")[0][:200] or type(error).__name__
-
-
-class Parser(argparse.ArgumentParser):
-    """An argparse parser that keeps the docstring's layout, shows defaults, fails in one line."""
-
-    class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-        def _get_help_string(self, action):
-            silent = action.default is None or action.default is False
-            if silent or "default" in (action.help or ""):
-                return action.help
-            return super()._get_help_string(action)
-
-    def __init__(self, file, description):
-        name = Path(file).name
-        super().__init__(prog=name, description=description, formatter_class=self.Formatter)
-        self.register("action", "onoff", argparse.BooleanOptionalAction)
-
-    def parse_known_args(self, argv=None, namespace=None):
-        flag = "argument"
-        for word in sys.argv[1:] if argv is None else argv:
-            if word.startswith("--"):
-                flag = word
-            if not word.strip() or word.startswith("--") and word.endswith("="):
-                self.error(f"{flag}: the value is empty; is a variable not set?")
-        return super().parse_known_args(argv, namespace)
-
-    def error(self, message):
-        raise SystemExit(f"{self.prog}: {message}")
-
-
-def number(kind, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf):
-    """An argparse type: a finite int or float, low <= value <= high and above < value < below."""
-    limits = {"at least": low, "at most": high, "above": above, "below": below}
-    finite = [f"{word} {limit}" for word, limit in limits.items() if math.isfinite(limit)]
-    expected = " and ".join(finite) or "finite"
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            article = "an integer" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {article}") from None
-        if not (low <= value <= high and above < value < below):
-            raise argparse.ArgumentTypeError(f"{text[:40]} must be {expected}")
-        return value
-
-    return parse
-
-
-def model_name(text):
-    """An argparse type: SIZE/PATCH, such as XL/2."""
-    try:
-        dit.parse_model(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(error) from None
-    return text
-
-
 # ---- random numbers
 
 USES = ("step", "epoch", "blocks", "image", "label", "control", "crop")
@@ -209,502 +53,59 @@ def random_stream(use, seed, index):
     return np.random.default_rng([1 + USES.index(use), seed, index])
 
 
-SEED = number(int, 0, 2**32 - 1)  # an argparse type: one word of NumPy's seed sequence
+# ---- a run of a training script: when it saves, what it saves, how it resumes
 
 
-# ---- processes and signals
+def due(args, step):
+    """Returns whether a row of the log, a checkpoint and a preview are due after this step.
 
-
-RENDEZVOUS = timedelta(minutes=5)  # how long a process waits for the others to appear
-
-
-def launch(hours=24):
-    """Joins the processes that torchrun started, one per GPU. Returns rank, their number, device.
-
-    hours: how long a process waits for the others later on. CPU tensors travel by gloo and CUDA
-    tensors by nccl. Raises UserError if torchrun's variables make no sense, if there is no GPU for
-    this process, or if the other processes do not appear in time.
+    There is a preview at the end, and also at 1/16, 1/8, 1/4 and 1/2 of the first interval. A
+    preview comes with a checkpoint, and a checkpoint with a row.
     """
-    variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    for name in variables:
-        variables[name] = os.environ.get(name, variables[name])
-    words = ", ".join(f"{name}={value}" for name, value in variables.items())
-    numbers = all(value.isdecimal() for value in variables.values())
-    if not numbers or ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
-        raise UserError(f"{words}: start several processes with torchrun, or unset these variables")
-    rank, world, local_rank = map(int, variables.values())
-    if rank >= world:
-        raise UserError(f"{words}: RANK must be below WORLD_SIZE; start them with torchrun")
-
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            found = f"this machine has {torch.cuda.device_count()} GPUs"
-            raise UserError(f"LOCAL_RANK={local_rank}: {found}; lower --nproc_per_node")
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32
-
-    if world > 1 and not dist.is_initialized():
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # of DDP
-        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        remedy = "are MASTER_ADDR and MASTER_PORT right, and were all processes started?"
-        with explaining(f"{words}: the processes do not find each other", remedy):
-            store, _, _ = next(dist.rendezvous("env://", timeout=RENDEZVOUS))
-            dist.init_process_group(
-                backend,
-                store=store,
-                rank=rank,
-                world_size=world,
-                timeout=timedelta(hours=hours),
-            )
-    if rank > 0:
-        sys.stdout = open(os.devnull, "w")  # only the first process prints
-    return rank, world, device
-
-
-def barrier():
-    """Waits until every process is here."""
-    any_process(False)
-
-
-def any_process(flag):
-    """Returns whether `flag` is true in any process. All processes must call it."""
-    if not dist.is_initialized():
-        return bool(flag)
-    flags = torch.tensor(float(bool(flag)))  # on the CPU, so that no GPU waits
-    dist.all_reduce(flags)
-    return flags.item() > 0
-
-
-def require_same_step(step):
-    """Raises UserError if the processes would start at different steps, on different disks."""
-    if not dist.is_initialized():
-        return
-    lowest = torch.tensor(step)
-    highest = torch.tensor(step)
-    dist.all_reduce(lowest, dist.ReduceOp.MIN)
-    dist.all_reduce(highest, dist.ReduceOp.MAX)
-    if lowest != highest:
-        found = f"the processes would start at steps {lowest} to {highest}"
-        raise UserError(f"{found}: all nodes need the same --out")
-
-
-# Ctrl-C, a scheduler's end, a lost terminal, and the warning that Slurm sends before the end
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-SIGNALS = []  # the signals received so far
-
-
-def catch_signals():
-    """From now on, signals are only noted in SIGNALS, so that the run can save before it ends.
-
-    A second Ctrl-C ends a program of one process at once.
-    """
-    for signum in ENDING:
-        if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(signum, note_signal)
-
-
-def note_signal(signum, _):
-    if SIGNALS and signum == signal.SIGINT and "RANK" not in os.environ:
-        raise KeyboardInterrupt
-    SIGNALS.append(signum)
-    with contextlib.suppress(OSError):  # the terminal may be gone; print is not safe here
-        os.write(2, b"\nfinishing this step, then saving\n")
-
-
-def shield_worker(_):
-    """Makes a loader process ignore the signals that end a run, whose last step still needs it."""
-    os.setsid()
-    for signum in ENDING:
-        signal.signal(signum, signal.SIG_IGN)
-
-
-def read_ahead(dataset, workers, **options):
-    """Yields the batches of a DataLoader, whose `workers` processes read ahead.
-
-    If a worker dies, this raises UserError within five seconds. PyTorch's own handler is removed,
-    because it would raise at any point of the program.
-    If a signal comes, the workers ignore it, because the last step still needs them.
-    If the caller has enough or the program ends, the workers are killed. Python would send SIGTERM,
-    which they ignore, and wait for them.
-    """
-    others = multiprocessing.active_children()
-    options["worker_init_fn"] = shield_worker
-    batches = iter(DataLoader(dataset, num_workers=workers, **options))
-    processes = [child for child in multiprocessing.active_children() if child not in others]
-    atexit.register(kill, processes)
-    with contextlib.suppress(ValueError):  # only the main thread may set handlers
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield from batches
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
-            raise
-        raise UserError(
-            f"a loader process died ({first_sentence(error)}); try fewer --workers"
-        ) from None
-    finally:
-        kill(processes)
-
-
-def kill(processes):
-    for process in processes:
-        process.kill()
-
-
-def until_stopped(batches, log):
-    """Yields batches until a process gets a signal, or fails to fetch its data or to write its log.
-
-    All processes stop between the same two steps, when the state of the run can be saved.
-    `log.failure` keeps the exception.
-    """
-    while True:
-        log.clock = log.clock or time.perf_counter()  # a new interval begins with its first batch
-        try:
-            batch = next(batches)
-        except Exception as error:
-            log.failure = error
-        if any_process(log.failure or SIGNALS):
-            return
-        yield batch
-
-
-# ---- the machine
-
-
-def check_memory(config, images, args):
-    """Raises UserError, with sizes that fit, if this device cannot train on `images` at once."""
-    visible = 1 - vars(args).get("mask_ratio", 0)  # of SD-DiT's student
-    options = (args.precision, args.compile, visible)
-    if torch.cuda.is_available():
-        memory = torch.cuda.mem_get_info()[1]
-    else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    needed = dit.training_memory(config, images, *options)
-    if needed <= memory:
-        return
-
-    fitting = []
-    for size in dit.SIZES:
-        name = f"{size}/{config['patch_size']}"
-        smaller = config | dit.parse_model(name)
-        if dit.training_memory(smaller, images, *options) <= memory:
-            fitting.append(name)
-    raise UserError(
-        f"{images} images at once need {needed / 1e9:.0f} GB, there are {memory / 1e9:.0f} GB:"
-        f" take a smaller --micro-batch, or a --model that fits"
-        f" ({', '.join(fitting) or 'none does'})"
-    )
-
-
-def compile_blocks(module):
-    """Compiles every transformer block. Raises UserError if there is no C++ compiler."""
-    if not shutil.which(os.environ.get("CXX", "c++")):
-        raise UserError("--compile needs a C++ compiler: install g++, or pass --no-compile")
-    torch._dynamo.config.optimize_ddp = False  # it would cut the model into dozens of graphs
-    for block in module.modules():
-        if isinstance(block, dit.DiTBlock):
-            block.compile(dynamic=False)  # one graph per number of tokens is faster
-
-
-# ---- files that are whole or absent
-
-
-def replace_file(path, write):
-    """Calls write(file) for a file beside `path`, then renames it. Raises UserError on failure."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may write the same file
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise UserError(
-            f"cannot write {path} ({first_sentence(cause)});"
-            " free some space and run the same command again"
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def write_json(path, value):
-    text = json.dumps(value, indent=1) + "\n"
-    replace_file(path, lambda file: file.write(text.encode()))
-
-
-def write_tensors(path, tensors):
-    """Writes a dict of tensors as a .safetensors file."""
-    content = safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()})
-    replace_file(path, lambda file: file.write(content))
-
-
-def read_json(path, expected=None):
-    """Returns the dict in a JSON file. Raises UserError if it lacks what is `expected`."""
-    with explaining(f"{path}: damaged", "delete the folder and make it again"):
-        entries = dict(json.loads(Path(path).read_text()).items())
-        expect(entries, expected or {})
-        return entries
-
-
-COUNT = range(1, 2**31)
-
-
-def expect(entries, kinds):
-    """Raises ValueError unless the dict has every entry that `kinds` names, and each of its kind.
-
-    A kind is a type, [a type] for a list of such values, or a range for an integer inside it.
-    """
-    for name, kind in kinds.items():
-        value = entries.get(name)
-        if isinstance(kind, range):
-            good = type(value) is int and value in kind
-        elif isinstance(kind, list):
-            good = isinstance(value, list) and all(isinstance(x, kind[0]) for x in value)
-        elif kind is float:
-            good = isinstance(value, (int, float)) and math.isfinite(value)
-        else:
-            good = isinstance(value, kind)
-        if not good:
-            raise ValueError(f"{name} is {value!r:.60}")
-
-
-def difference(there, here, may_differ=()):
-    """Says in which entry two dicts differ, the first one if there are several; None if in none."""
-    for name in [*here, *there]:
-        if name not in may_differ and there.get(name) != here.get(name):
-            return f"{name} is {there.get(name)!s:.60} there, {here.get(name)!s:.60} here"
-    return None
-
-
-def start_folder(folder, file, description, size):
-    """Makes a folder for work of `size` bytes in many parts, and writes its description.
-
-    Raises UserError if the folder holds other work or other files, or if the disk has less room.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / file).exists():
-        found = difference(read_json(folder / file), json.loads(json.dumps(description)))
-        if found:
-            remedy = "delete it or choose another name"
-            raise UserError(f"{folder} holds the work of another command: {found}; {remedy}")
-        return
-    foreign = sorted(path.name for path in folder.iterdir() if not path.name.endswith(".tmp"))
-    if foreign:
-        raise UserError(f"{folder} holds other files, such as {foreign[0]}; choose another --out")
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise UserError(f"{folder}: needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
-    print(f"{folder}: needs at most {size / 1e9:.3f} GB, {free / 1e9:.1f} GB are free", flush=True)
-    write_json(folder / file, description)
-
-
-def file_hash(path):
-    """Returns the first 16 digits of the SHA-256 of a file, or of the last.pt of a run folder."""
-    path = checkpoint_file(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-# ---- checkpoints
-
-
-def warn_of_start(decay, step):
-    """Returns a warning if the averaged weights still hold more than 5 % of the initial ones."""
-    share = (decay or 0) ** step
-    if share < 0.05:
-        return ""
-    return f"; the averages are still {share:.0%} initial weights: try sample.py --weights model"
-
-
-# what a model must know of its data: entries of a cache's meta.json, and of a checkpoint's "data"
-DATA = {
-    "vae": str,
-    "image_size": COUNT,
-    "classes": [str],
-    "latent_scale": float,
-    "latent_shift": float,
-}
-
-
-def write_checkpoint(path, checkpoint):
-    replace_file(path, lambda file: torch.save(checkpoint, file))
-
-
-def checkpoint_file(path):
-    """Returns the path of a checkpoint, or that of last.pt in a run folder."""
-    path = Path(path)
-    return path / "last.pt" if path.is_dir() else path
-
-
-def read_checkpoint(path, resume=False, official=None):
-    """Returns the dict of a checkpoint, or of a run folder's last.pt, mapped into memory.
-
-    resume: it must also hold what a run needs to continue, and its checksums are verified.
-    official: see from_official, which gives such files the form of ours. Raises UserError if the
-    file is missing, damaged or foreign.
-    """
-    path = checkpoint_file(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint")
-    with explaining(f"{path}: not a readable checkpoint", "use another one"):
-        if resume:
-            check_archive(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # in files of REPA and SiT
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if "config" not in checkpoint:
-            checkpoint = from_official(checkpoint, official)
-        validate_checkpoint(checkpoint, resume)
-    return checkpoint
-
-
-def check_archive(path):
-    """Raises ValueError if a checksum in a checkpoint is wrong. torch.load ignores them."""
-    damaged = zipfile.ZipFile(path).testzip()
-    if damaged:
-        raise ValueError(f"wrong checksum of {damaged}")
-
-
-def read_init(path, config):
-    """Returns the checkpoint of --init, and the entries of `config` that its model hands on."""
-    init = read_checkpoint(path)
-    with explaining(f"--init {path}: does not fit this model", "choose another one"):
-        kinds = {init["config"]["arch"], config["arch"]}
-        if "NoiseDiT" in kinds and len(kinds) > 1:
-            raise ValueError("one of the two predicts noise: train_dit.py goes on from such models")
-        check_archive(checkpoint_file(path))
-        inherited = dit.inherit_config(config, init["config"])
-    return init, inherited
-
-
-def validate_checkpoint(checkpoint, resume):
-    """Raises an error unless all parts of a checkpoint are there, are finite and fit each other."""
-    expect(checkpoint, dict.fromkeys(["model", "ema", "config", "data", "args"], dict))
-    expect(checkpoint["data"], DATA)
-    parts = ["model", "ema"]
-    if resume:
-        expect(checkpoint, {"heads": dict, "opt": dict, "step": range(2**63)})
-        parts.append("heads")
-    with torch.device("meta"):
-        model = dit.build(checkpoint["config"])
-    for part in ("model", "ema"):
-        # load_state_dict notes `assign` in a state dict and obeys the note the next time, when it
-        # should copy: so it gets a plain dict, which cannot hold a note
-        model.load_state_dict(dict(checkpoint[part]), assign=True)
-    for part in parts:
-        if not all(value.isfinite().all() for value in checkpoint[part].values()):
-            raise ValueError(f"{part} is not finite")
-    classes = len(checkpoint["data"]["classes"])
-    if classes != model.num_classes:
-        raise ValueError(f"it has names for {classes} classes, its model has {model.num_classes}")
-
-
-def load_model(path, weights="ema", device="cpu", official=None):
-    """Returns the model of a checkpoint, in eval mode, and the checkpoint (see read_checkpoint)."""
-    checkpoint = read_checkpoint(path, official=official)
-    model = dit.build(checkpoint["config"])
-    model.load_state_dict(checkpoint[weights])
-    return model.to(device).eval(), checkpoint
-
-
-def from_official(file, official=None):
-    """Returns a checkpoint in our form from a file of REPA, SiT or DiT, or of their scripts.
-
-    The number of output channels tells them apart. If there are eight, the last four are variances:
-    DiT trains them, and they are kept; in SiT's files they are still 0, and left out. If there are
-    four, the file is REPA's if it holds projectors; otherwise `official` must be "repa" or "sit".
-    Raises ValueError for others.
-    """
-    state = file.get("ema", file.get("model", file))
-    weights = {}
-    for name, value in state.items():
-        name = name.removeprefix("module.").removeprefix("_orig_mod.")
-        if not name.startswith("projectors."):
-            weights[name] = value.float()
-    projectors = len(weights) < len(state)
-
-    # older files of REPA: the blocks behind the aligned one are called decoder_blocks
-    shallow = sum(name.startswith("blocks.") and "qkv.weight" in name for name in weights)
-    deeper = [name for name in weights if name.startswith("decoder_blocks.")]
-    for name in deeper:
-        _, i, rest = name.split(".", 2)
-        weights[f"blocks.{int(i) + shallow}.{rest}"] = weights.pop(name)
-
-    width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
-    side = math.isqrt(weights["pos_embed"].shape[1]) * patch
-    heads = {width: heads for _, width, heads in dit.SIZES.values()}[width]
-    num_classes = len(weights["y_embedder.embedding_table.weight"]) - 1
-    kind = take_prediction(weights, patch, channels, "repa" if projectors or deeper else official)
-    if official not in (kind, None):
-        raise ValueError(f"its keys and shapes are those of {kind}")
-
-    return {
-        "model": weights,
-        "ema": weights,
-        "step": file.get("steps"),
-        "args": {"ema": 0.9999},
-        "config": {
-            "arch": "NoiseDiT" if kind == "dit" else "DiT",
-            "input_size": side,
-            "patch_size": patch,
-            "in_channels": channels,
-            "hidden_size": width,
-            "depth": sum("qkv.weight" in name for name in weights),
-            "num_heads": heads,
-            "num_classes": num_classes,
-            "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
-        },
-        "data": {
-            "vae": "stabilityai/sd-vae-ft-ema",
-            "image_size": 8 * side,
-            "latent_scale": 0.18215,
-            "latent_shift": 0.0,
-            "classes": [str(i) for i in range(num_classes)],
-        },
+    preview = False
+    if args.sample_every:
+        early = [args.sample_every // n for n in (16, 8, 4, 2)]
+        preview = step in early or step % args.sample_every == 0 or step == args.steps
+    every = step % args.save_every == 0 or step % args.keep_every == 0
+    save = preview or every or step == args.steps
+    log = save or step % args.log_every == 0
+    return log, save, preview
+
+
+def save_run(args, config, cache, objective, ema, optimizer, script, step):
+    """Writes last.pt, the whole state of a run, and every --keep-every steps also a snapshot."""
+    heads = objective.state_dict()
+    for key in list(heads):
+        if key.startswith("model."):  # the model is saved on its own
+            del heads[key]
+    checkpoint = {
+        "step": step,
+        "args": vars(args),
+        "config": config,
+        "data": cache.meta,
+        "control": cache.control_table,
+        "code": file_hash(script),
+        "model": objective.model.state_dict(),
+        "ema": ema.state_dict(),
+        "heads": heads,
+        "opt": optimizer.state_dict(),
     }
+    write_checkpoint(Path(args.out, "last.pt"), checkpoint)
+    if step % args.keep_every == 0:
+        write_checkpoint(Path(args.out, f"{step:07d}.pt"), checkpoint)
 
 
-def take_prediction(weights, patch, channels, four_channels):
-    """Returns the origin of the file: repa, sit, dit. Leaves SiT's variances out of the last layer.
+def restore(checkpoint, objective, ema, optimizer):
+    """Copies a checkpoint into the objective (model and heads), the average and the optimiser."""
+    weights = {f"model.{name}": value for name, value in checkpoint["model"].items()}
+    with explaining("last.pt does not fit this run", "choose another --out"):
+        objective.load_state_dict(weights | checkpoint["heads"])
+        ema.load_state_dict(checkpoint["ema"])
+        optimizer.load_state_dict(checkpoint["opt"])
+    for moments in optimizer.state.values():
+        for name, value in moments.items():
+            moments[name] = value.clone()  # on the CPU they were still parts of the mapped file
 
-    four_channels: the origin if there are no variances. Raises ValueError if that is not known.
-    """
-    names = ("final_layer.linear.weight", "final_layer.linear.bias")
-    last = {name: weights[name].unflatten(0, (patch**2, -1, channels)) for name in names}
-    if last[names[0]].shape[1] == 1:
-        kind = four_channels
-    else:
-        kind = "dit" if any(value[:, 1].any() for value in last.values()) else "sit"
-    if kind is None:
-        raise ValueError("its keys fit REPA and SiT: sample.py needs --official repa or sit")
-    if kind == "sit":
-        for name in names:
-            weights[name] = last[name][:, 0].flatten(0, 1)
-        reverse_time(weights)
-    return kind
-
-
-def reverse_time(weights):
-    """Turns SiT's weights, for which t = 1 is data, into ours: v(x, t) = - v_SiT(x, 1 - t).
-
-    The last layer changes its sign. The time MLP absorbs t -> 1 - t, which rotates every pair
-    cos(t f), sin(t f) of its inputs by the angle f.
-    """
-    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        weights[name] = -weights[name]
-    cos, sin = weights["t_embedder.mlp.0.weight"].chunk(2, dim=1)
-    f = dit.Sinusoids(cos.shape[1]).omega
-    rotated = [cos * f.cos() + sin * f.sin(), cos * f.sin() - sin * f.cos()]
-    weights["t_embedder.mlp.0.weight"] = torch.cat(rotated, dim=1)
-
-
-# ---- the run folder of a training script
 
 # These flags may change when a run is resumed. They are paths and intervals ...
 FREE_FLAGS = {"data", "out", "digits", "log_every", "sample_every", "save_every", "keep_every"}
@@ -746,75 +147,6 @@ def read_run(args, data, script):
     if checkpoint["code"] != file_hash(script):
         print(f"the code of {Path(script).name} changed since step {step}")
     return checkpoint
-
-
-def restore(checkpoint, objective, ema, optimizer):
-    """Copies a checkpoint into the objective (model and heads), the average and the optimiser."""
-    weights = {f"model.{name}": value for name, value in checkpoint["model"].items()}
-    with explaining("last.pt does not fit this run", "choose another --out"):
-        objective.load_state_dict(weights | checkpoint["heads"])
-        ema.load_state_dict(checkpoint["ema"])
-        optimizer.load_state_dict(checkpoint["opt"])
-    for moments in optimizer.state.values():
-        for name, value in moments.items():
-            moments[name] = value.clone()  # on the CPU they were still parts of the mapped file
-
-
-def save_run(args, config, cache, objective, ema, optimizer, script, step):
-    """Writes last.pt, the whole state of a run, and every --keep-every steps also a snapshot."""
-    heads = objective.state_dict()
-    for key in list(heads):
-        if key.startswith("model."):  # the model is saved on its own
-            del heads[key]
-    checkpoint = {
-        "step": step,
-        "args": vars(args),
-        "config": config,
-        "data": cache.meta,
-        "control": cache.control_table,
-        "code": file_hash(script),
-        "model": objective.model.state_dict(),
-        "ema": ema.state_dict(),
-        "heads": heads,
-        "opt": optimizer.state_dict(),
-    }
-    write_checkpoint(Path(args.out, "last.pt"), checkpoint)
-    if step % args.keep_every == 0:
-        write_checkpoint(Path(args.out, f"{step:07d}.pt"), checkpoint)
-
-
-def due(args, step):
-    """Returns whether a row of the log, a checkpoint and a preview are due after this step.
-
-    There is a preview at the end, and also at 1/16, 1/8, 1/4 and 1/2 of the first interval. A
-    preview comes with a checkpoint, and a checkpoint with a row.
-    """
-    preview = False
-    if args.sample_every:
-        early = [args.sample_every // n for n in (16, 8, 4, 2)]
-        preview = step in early or step % args.sample_every == 0 or step == args.steps
-    every = step % args.save_every == 0 or step % args.keep_every == 0
-    save = preview or every or step == args.steps
-    log = save or step % args.log_every == 0
-    return log, save, preview
-
-
-LOCKS = []  # open files: a folder stays locked as long as this process lives
-
-
-def lock_folder(folder):
-    """Makes a folder and locks it until this process ends. Raises UserError if another one has."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "w")
-    LOCKS.append(file)
-    try:
-        # not flock: loader processes would inherit the lock and hold it after this one is killed
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        remedy = "wait for it or choose another --out"
-        raise UserError(f"{folder}: another process is writing there; {remedy}") from None
-    except OSError:
-        pass  # this file system has no locks
 
 
 def start_run(args, step, world, model):
@@ -865,6 +197,27 @@ def start_run(args, step, world, model):
         f" batch {args.batch_size} = {processes} x {local_batch // micro_batch} x {micro_batch};"
         f" steps {step} to {args.steps}; {out}"
     )
+
+
+LOCKS = []  # open files: a folder stays locked as long as this process lives
+
+
+def lock_folder(folder):
+    """Makes a folder and locks it until this process ends. Raises UserError if another one has."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w")
+    LOCKS.append(file)
+    try:
+        # not flock: loader processes would inherit the lock and hold it after this one is killed
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        remedy = "wait for it or choose another --out"
+        raise UserError(f"{folder}: another process is writing there; {remedy}") from None
+    except OSError:
+        pass  # this file system has no locks
+
+
+# ---- the log of a run
 
 
 class TrainingLog:
@@ -979,3 +332,665 @@ class TrainingLog:
         if pictures:
             shown = f"; pictures: {self.path.parent}/samples-*.png{warn_of_start(self.decay, step)}"
         print(f"{self.path.parent} is at step {step}{shown}")
+
+
+def warn_of_start(decay, step):
+    """Returns a warning if the averaged weights still hold more than 5 % of the initial ones."""
+    share = (decay or 0) ** step
+    if share < 0.05:
+        return ""
+    return f"; the averages are still {share:.0%} initial weights: try sample.py --weights model"
+
+
+# ---- checkpoints
+
+COUNT = range(1, 2**31)
+PER_CHANNEL = (float, [float])  # one number, or a list with one for each channel
+# what a model must know of its data: entries of a cache's meta.json, and of a checkpoint's "data"
+DATA = {
+    "vae": str,
+    "image_size": COUNT,
+    "classes": [str],
+    "latent_scale": PER_CHANNEL,
+    "latent_shift": PER_CHANNEL,
+}
+
+
+def read_checkpoint(path, resume=False, official=None):
+    """Returns the dict of a checkpoint, or of a run folder's last.pt, mapped into memory.
+
+    resume: it must also hold what a run needs to continue, and its checksums are verified.
+    official: see from_official, which gives such files the form of ours. Raises UserError if the
+    file is missing, damaged or foreign.
+    """
+    path = checkpoint_file(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    with explaining(f"{path}: not a readable checkpoint", "use another one"):
+        if resume:
+            check_archive(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # in files of REPA and SiT
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if "config" not in checkpoint:
+            checkpoint = from_official(checkpoint, official)
+        validate_checkpoint(checkpoint, resume)
+    return checkpoint
+
+
+def load_model(path, weights="ema", device="cpu", official=None):
+    """Returns the model of a checkpoint, in eval mode, and the checkpoint (see read_checkpoint)."""
+    checkpoint = read_checkpoint(path, official=official)
+    model = dit.build(checkpoint["config"])
+    model.load_state_dict(checkpoint[weights])
+    return model.to(device).eval(), checkpoint
+
+
+def read_init(path, config):
+    """Returns the checkpoint of --init, and the entries of `config` that its model hands on."""
+    init = read_checkpoint(path)
+    with explaining(f"--init {path}: does not fit this model", "choose another one"):
+        kinds = {init["config"]["arch"], config["arch"]}
+        if "NoiseDiT" in kinds and len(kinds) > 1:
+            raise ValueError("one of the two predicts noise: train_dit.py goes on from such models")
+        check_archive(checkpoint_file(path))
+        inherited = dit.inherit_config(config, init["config"])
+    return init, inherited
+
+
+def write_checkpoint(path, checkpoint):
+    replace_file(path, lambda file: torch.save(checkpoint, file))
+
+
+def checkpoint_file(path):
+    """Returns the path of a checkpoint, or that of last.pt in a run folder."""
+    path = Path(path)
+    return path / "last.pt" if path.is_dir() else path
+
+
+def check_archive(path):
+    """Raises ValueError if a checksum in a checkpoint is wrong. torch.load ignores them."""
+    damaged = zipfile.ZipFile(path).testzip()
+    if damaged:
+        raise ValueError(f"wrong checksum of {damaged}")
+
+
+def validate_checkpoint(checkpoint, resume):
+    """Raises an error unless all parts of a checkpoint are there, are finite and fit each other."""
+    expect(checkpoint, dict.fromkeys(["model", "ema", "config", "data", "args"], dict))
+    expect(checkpoint["data"], DATA)
+    parts = ["model", "ema"]
+    if resume:
+        expect(checkpoint, {"heads": dict, "opt": dict, "step": range(2**63)})
+        parts.append("heads")
+    with torch.device("meta"):
+        model = dit.build(checkpoint["config"])
+    for part in ("model", "ema"):
+        # load_state_dict notes `assign` in a state dict and obeys the note the next time, when it
+        # should copy: so it gets a plain dict, which cannot hold a note
+        model.load_state_dict(dict(checkpoint[part]), assign=True)
+    for part in parts:
+        if not all(value.isfinite().all() for value in checkpoint[part].values()):
+            raise ValueError(f"{part} is not finite")
+    classes = len(checkpoint["data"]["classes"])
+    if classes != model.num_classes:
+        raise ValueError(f"it has names for {classes} classes, its model has {model.num_classes}")
+
+
+# ---- checkpoints of REPA, SiT and DiT
+
+
+def from_official(file, official=None):
+    """Returns a checkpoint in our form from a file of REPA, SiT or DiT, or of their scripts.
+
+    The number of output channels tells them apart. If there are eight, the last four are variances:
+    DiT trains them, and they are kept; in SiT's files they are still 0, and left out. If there are
+    four, the file is REPA's if it holds projectors; otherwise `official` must be "repa" or "sit".
+    Raises ValueError for others.
+    """
+    state = file.get("ema", file.get("model", file))
+    weights = {}
+    for name, value in state.items():
+        name = name.removeprefix("module.").removeprefix("_orig_mod.")
+        if not name.startswith("projectors."):
+            weights[name] = value.float()
+    projectors = len(weights) < len(state)
+
+    # older files of REPA: the blocks behind the aligned one are called decoder_blocks
+    shallow = sum(name.startswith("blocks.") and "qkv.weight" in name for name in weights)
+    deeper = [name for name in weights if name.startswith("decoder_blocks.")]
+    for name in deeper:
+        _, i, rest = name.split(".", 2)
+        weights[f"blocks.{int(i) + shallow}.{rest}"] = weights.pop(name)
+
+    width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
+    side = math.isqrt(weights["pos_embed"].shape[1]) * patch
+    heads = {width: heads for _, width, heads in dit.SIZES.values()}[width]
+    num_classes = len(weights["y_embedder.embedding_table.weight"]) - 1
+    kind = take_prediction(weights, patch, channels, "repa" if projectors or deeper else official)
+    if official not in (kind, None):
+        raise ValueError(f"its keys and shapes are those of {kind}")
+
+    return {
+        "model": weights,
+        "ema": weights,
+        "step": file.get("steps"),
+        "args": {"ema": 0.9999},
+        "config": {
+            "arch": "NoiseDiT" if kind == "dit" else "DiT",
+            "input_size": side,
+            "patch_size": patch,
+            "in_channels": channels,
+            "hidden_size": width,
+            "depth": sum("qkv.weight" in name for name in weights),
+            "num_heads": heads,
+            "num_classes": num_classes,
+            "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
+        },
+        "data": {
+            "vae": "stabilityai/sd-vae-ft-ema",
+            "image_size": 8 * side,
+            "latent_scale": 0.18215,
+            "latent_shift": 0.0,
+            "classes": [str(i) for i in range(num_classes)],
+        },
+    }
+
+
+def take_prediction(weights, patch, channels, four_channels):
+    """Returns the origin of the file: repa, sit, dit. Leaves SiT's variances out of the last layer.
+
+    four_channels: the origin if there are no variances. Raises ValueError if that is not known.
+    """
+    names = ("final_layer.linear.weight", "final_layer.linear.bias")
+    last = {name: weights[name].unflatten(0, (patch**2, -1, channels)) for name in names}
+    if last[names[0]].shape[1] == 1:
+        kind = four_channels
+    else:
+        kind = "dit" if any(value[:, 1].any() for value in last.values()) else "sit"
+    if kind is None:
+        raise ValueError("its keys fit REPA and SiT: sample.py needs --official repa or sit")
+    if kind == "sit":
+        for name in names:
+            weights[name] = last[name][:, 0].flatten(0, 1)
+        reverse_time(weights)
+    return kind
+
+
+def reverse_time(weights):
+    """Turns SiT's weights, for which t = 1 is data, into ours: v(x, t) = - v_SiT(x, 1 - t).
+
+    The last layer changes its sign. The time MLP absorbs t -> 1 - t, which rotates every pair
+    cos(t f), sin(t f) of its inputs by the angle f.
+    """
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        weights[name] = -weights[name]
+    cos, sin = weights["t_embedder.mlp.0.weight"].chunk(2, dim=1)
+    f = dit.Sinusoids(cos.shape[1]).omega
+    rotated = [cos * f.cos() + sin * f.sin(), cos * f.sin() - sin * f.cos()]
+    weights["t_embedder.mlp.0.weight"] = torch.cat(rotated, dim=1)
+
+
+# ---- files that are whole or absent
+
+
+def replace_file(path, write):
+    """Calls write(file) for a file beside `path`, then renames it. Raises UserError on failure."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may write the same file
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise UserError(
+            f"cannot write {path} ({first_sentence(cause)});"
+            " free some space and run the same command again"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_json(path, value):
+    text = json.dumps(value, indent=1) + "\n"
+    replace_file(path, lambda file: file.write(text.encode()))
+
+
+def write_tensors(path, tensors):
+    """Writes a dict of tensors as a .safetensors file."""
+    content = safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()})
+    replace_file(path, lambda file: file.write(content))
+
+
+def read_json(path, expected=None):
+    """Returns the dict in a JSON file. Raises UserError if it lacks what is `expected`."""
+    with explaining(f"{path}: damaged", "delete the folder and make it again"):
+        entries = dict(json.loads(Path(path).read_text()).items())
+        expect(entries, expected or {})
+        return entries
+
+
+def expect(entries, kinds):
+    """Raises ValueError unless the dict has every entry of `kinds`, and each of its kind."""
+    for name, kind in kinds.items():
+        value = entries.get(name)
+        if not fits(value, kind):
+            raise ValueError(f"{name} is {value!r:.60}")
+
+
+def fits(value, kind):
+    """Returns whether a value is of a kind.
+
+    A kind is a type, [a kind] for a list of such values, a range for an integer inside it, a set of
+    possible values, or a tuple of kinds, of which one is enough.
+    """
+    if isinstance(kind, tuple):
+        return any(fits(value, option) for option in kind)
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(fits(x, kind[0]) for x in value)
+    if isinstance(kind, range):
+        return type(value) is int and value in kind
+    if isinstance(kind, set):
+        return value in list(kind)
+    if kind is float:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, kind)
+
+
+def difference(there, here, may_differ=()):
+    """Says in which entry two dicts differ, the first one if there are several; None if in none."""
+    for name in [*here, *there]:
+        if name not in may_differ and there.get(name) != here.get(name):
+            return f"{name} is {there.get(name)!s:.60} there, {here.get(name)!s:.60} here"
+    return None
+
+
+def start_folder(folder, file, description, size):
+    """Makes a folder for work of `size` bytes in many parts, and writes its description.
+
+    Raises UserError if the folder holds other work or other files, or if the disk has less room.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / file).exists():
+        found = difference(read_json(folder / file), json.loads(json.dumps(description)))
+        if found:
+            remedy = "delete it or choose another name"
+            raise UserError(f"{folder} holds the work of another command: {found}; {remedy}")
+        return
+    foreign = sorted(path.name for path in folder.iterdir() if not path.name.endswith(".tmp"))
+    if foreign:
+        raise UserError(f"{folder} holds other files, such as {foreign[0]}; choose another --out")
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise UserError(f"{folder}: needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+    print(f"{folder}: needs at most {size / 1e9:.3f} GB, {free / 1e9:.1f} GB are free", flush=True)
+    write_json(folder / file, description)
+
+
+def file_hash(path):
+    """Returns the first 16 digits of the SHA-256 of a file, or of the last.pt of a run folder."""
+    path = checkpoint_file(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+# ---- processes
+
+RENDEZVOUS = timedelta(minutes=5)  # how long a process waits for the others to appear
+
+
+def launch(hours=24):
+    """Joins the processes that torchrun started, one per GPU. Returns rank, their number, device.
+
+    hours: how long a process waits for the others later on. CPU tensors travel by gloo and CUDA
+    tensors by nccl. Raises UserError if torchrun's variables make no sense, if there is no GPU for
+    this process, or if the other processes do not appear in time.
+    """
+    variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    for name in variables:
+        variables[name] = os.environ.get(name, variables[name])
+    words = ", ".join(f"{name}={value}" for name, value in variables.items())
+    numbers = all(value.isdecimal() for value in variables.values())
+    if not numbers or ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
+        raise UserError(f"{words}: start several processes with torchrun, or unset these variables")
+    rank, world, local_rank = map(int, variables.values())
+    if rank >= world:
+        raise UserError(f"{words}: RANK must be below WORLD_SIZE; start them with torchrun")
+
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            found = f"this machine has {torch.cuda.device_count()} GPUs"
+            raise UserError(f"LOCAL_RANK={local_rank}: {found}; lower --nproc_per_node")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
+
+    if world > 1 and not dist.is_initialized():
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # of DDP
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        remedy = "are MASTER_ADDR and MASTER_PORT right, and were all processes started?"
+        with explaining(f"{words}: the processes do not find each other", remedy):
+            store, _, _ = next(dist.rendezvous("env://", timeout=RENDEZVOUS))
+            dist.init_process_group(
+                backend,
+                store=store,
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(hours=hours),
+            )
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")  # only the first process prints
+    return rank, world, device
+
+
+def barrier():
+    """Waits until every process is here."""
+    any_process(False)
+
+
+def any_process(flag):
+    """Returns whether `flag` is true in any process. All processes must call it."""
+    if not dist.is_initialized():
+        return bool(flag)
+    flags = torch.tensor(float(bool(flag)))  # on the CPU, so that no GPU waits
+    dist.all_reduce(flags)
+    return flags.item() > 0
+
+
+def require_same_step(step):
+    """Raises UserError if the processes would start at different steps, on different disks."""
+    if not dist.is_initialized():
+        return
+    lowest = torch.tensor(step)
+    highest = torch.tensor(step)
+    dist.all_reduce(lowest, dist.ReduceOp.MIN)
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    if lowest != highest:
+        found = f"the processes would start at steps {lowest} to {highest}"
+        raise UserError(f"{found}: all nodes need the same --out")
+
+
+# ---- reading ahead, and stopping between two steps
+
+
+def until_stopped(batches, log):
+    """Yields batches until a process gets a signal, or fails to fetch its data or to write its log.
+
+    All processes stop between the same two steps, when the state of the run can be saved.
+    `log.failure` keeps the exception.
+    """
+    while True:
+        log.clock = log.clock or time.perf_counter()  # a new interval begins with its first batch
+        try:
+            batch = next(batches)
+        except Exception as error:
+            log.failure = error
+        if any_process(log.failure or SIGNALS):
+            return
+        yield batch
+
+
+# Ctrl-C, a scheduler's end, a lost terminal, and the warning that Slurm sends before the end
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+SIGNALS = []  # the signals received so far
+
+
+def catch_signals():
+    """From now on, signals are only noted in SIGNALS, so that the run can save before it ends.
+
+    A second Ctrl-C ends a program of one process at once.
+    """
+    for signum in ENDING:
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(signum, note_signal)
+
+
+def note_signal(signum, _):
+    if SIGNALS and signum == signal.SIGINT and "RANK" not in os.environ:
+        raise KeyboardInterrupt
+    SIGNALS.append(signum)
+    with contextlib.suppress(OSError):  # the terminal may be gone; print is not safe here
+        os.write(2, b"\nfinishing this step, then saving\n")
+
+
+def read_ahead(dataset, workers, **options):
+    """Yields the batches of a DataLoader, whose `workers` processes read ahead.
+
+    If a worker dies, this raises UserError within five seconds. PyTorch's own handler is removed,
+    because it would raise at any point of the program.
+    If a signal comes, the workers ignore it, because the last step still needs them.
+    If the caller has enough or the program ends, the workers are killed. Python would send SIGTERM,
+    which they ignore, and wait for them.
+    """
+    others = multiprocessing.active_children()
+    options["worker_init_fn"] = shield_worker
+    batches = iter(DataLoader(dataset, num_workers=workers, **options))
+    processes = [child for child in multiprocessing.active_children() if child not in others]
+    atexit.register(kill, processes)
+    with contextlib.suppress(ValueError):  # only the main thread may set handlers
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise UserError(
+            f"a loader process died ({first_sentence(error)}); try fewer --workers"
+        ) from None
+    finally:
+        kill(processes)
+
+
+def shield_worker(_):
+    """Makes a loader process ignore the signals that end a run, whose last step still needs it."""
+    os.setsid()
+    for signum in ENDING:
+        signal.signal(signum, signal.SIG_IGN)
+
+
+def kill(processes):
+    for process in processes:
+        process.kill()
+
+
+# ---- memory and compilation
+
+
+def check_memory(config, images, args):
+    """Raises UserError, with sizes that fit, if this device cannot train on `images` at once."""
+    visible = 1 - vars(args).get("mask_ratio", 0)  # of SD-DiT's student
+    options = (args.precision, args.compile, visible)
+    if torch.cuda.is_available():
+        memory = torch.cuda.mem_get_info()[1]
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = dit.training_memory(config, images, *options)
+    if needed <= memory:
+        return
+
+    fitting = []
+    for size in dit.SIZES:
+        name = f"{size}/{config['patch_size']}"
+        smaller = config | dit.parse_model(name)
+        if dit.training_memory(smaller, images, *options) <= memory:
+            fitting.append(name)
+    raise UserError(
+        f"{images} images at once need {needed / 1e9:.0f} GB, there are {memory / 1e9:.0f} GB:"
+        f" take a smaller --micro-batch, or a --model that fits"
+        f" ({', '.join(fitting) or 'none does'})"
+    )
+
+
+def compile_blocks(module):
+    """Compiles every transformer block. Raises UserError if there is no C++ compiler."""
+    if not shutil.which(os.environ.get("CXX", "c++")):
+        raise UserError("--compile needs a C++ compiler: install g++, or pass --no-compile")
+    torch._dynamo.config.optimize_ddp = False  # it would cut the model into dozens of graphs
+    for block in module.modules():
+        if isinstance(block, dit.DiTBlock):
+            block.compile(dynamic=False)  # one graph per number of tokens is faster
+
+
+# ---- command lines, and how a program ends
+
+
+class UserError(Exception):
+    """Something that the user can repair. Its message is one line with the thing and the remedy."""
+
+
+@contextlib.contextmanager
+def explaining(what, remedy):
+    """Turns whatever is raised inside into a UserError. Use it only around a decoder of files."""
+    try:
+        yield
+    except Exception as error:  # libraries raise about ten types for a damaged file
+        raise UserError(f"{what} ({first_sentence(error)}); {remedy}") from None
+
+
+def first_sentence(error):
+    text = " ".join(str(error).split())
+    return text.split(". ")[0][:200] or type(error).__name__
+
+
+@contextlib.contextmanager
+def program(file, args):
+    """A program does all its work in this context, which decides how the program ends.
+
+    A UserError, an OSError of a path among the arguments, a lack of memory and Ctrl-C end it with
+    one line. Other exceptions keep their traceback.
+    """
+    name = Path(file).name
+    open_standard_streams()
+    stdout = Stream(sys.stdout)
+    stderr = Stream(sys.stderr)
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        try:
+            yield
+        except UserError as error:
+            sys.exit(f"{name}: {error}")
+        except OSError as error:
+            if not is_given(error.filename, args):
+                raise
+            sys.exit(f"{name}: {error.filename}: {error.strerror}")
+        except (RuntimeError, MemoryError) as error:
+            lacking = re.search("(out of|enough|allocate) memory", str(error))
+            if isinstance(error, RuntimeError) and not lacking:
+                raise
+            flag = "--micro-batch" if "micro_batch" in args else "--batch-size"
+            sys.exit(f"{name}: out of memory; lower {flag} ({first_sentence(error)})")
+        except KeyboardInterrupt:
+            sys.exit(f"{name}: interrupted; run the same command again to go on")
+
+
+def is_given(path, args):
+    """Returns whether a path is among the arguments, or below one of them, or above it."""
+    if not isinstance(path, str):
+        return False
+    path = os.path.abspath(path)
+    for value in vars(args).values():
+        if isinstance(value, (str, Path)):
+            given = os.path.abspath(value)
+            if path.startswith(given) or given.startswith(path):
+                return True
+    return False
+
+
+def open_standard_streams():
+    """Opens the null device in place of stdin, stdout and stderr if they were closed (`2>&-`).
+
+    Otherwise the next file that is opened would get their number, and the output of libraries.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+
+
+class Stream:
+    """stdout or stderr for a run that must not end when its reader goes away (`| head -1`)."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self.attempt(self.stream.write, text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, action, *arguments):
+        try:
+            action(*arguments)
+        except OSError:  # discard all further output, and what is still in the buffer
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser that keeps the docstring's layout, shows defaults, fails in one line."""
+
+    class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action):
+            silent = action.default is None or action.default is False
+            if silent or "default" in (action.help or ""):
+                return action.help
+            return super()._get_help_string(action)
+
+    def __init__(self, file, description):
+        name = Path(file).name
+        super().__init__(prog=name, description=description, formatter_class=self.Formatter)
+        self.register("action", "onoff", argparse.BooleanOptionalAction)
+
+    def parse_known_args(self, argv=None, namespace=None):
+        flag = "argument"
+        for word in sys.argv[1:] if argv is None else argv:
+            if word.startswith("--"):
+                flag = word
+            if not word.strip() or word.startswith("--") and word.endswith("="):
+                self.error(f"{flag}: the value is empty; is a variable not set?")
+        return super().parse_known_args(argv, namespace)
+
+    def error(self, message):
+        raise SystemExit(f"{self.prog}: {message}")
+
+
+def number(kind, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf):
+    """An argparse type: a finite int or float, low <= value <= high and above < value < below."""
+    limits = {"at least": low, "at most": high, "above": above, "below": below}
+    finite = [f"{word} {limit}" for word, limit in limits.items() if math.isfinite(limit)]
+    expected = " and ".join(finite) or "finite"
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            article = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {article}") from None
+        if not (low <= value <= high and above < value < below):
+            raise argparse.ArgumentTypeError(f"{text[:40]} must be {expected}")
+        return value
+
+    return parse
+
+
+def model_name(text):
+    """An argparse type: SIZE/PATCH, such as XL/2."""
+    try:
+        dit.parse_model(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(error) from None
+    return text
+
+
+SEED = number(int, 0, 2**32 - 1)  # an argparse type: one word of NumPy's seed sequence

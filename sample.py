@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 import dit
 import files
-from extract_features import load_autoencoder
+from extract_features import load_autoencoder, per_channel
 from files import UserError, number
 
 # ---- Samplers: functions of a model, a start and a schedule. Only noise() has a state.
@@ -167,19 +167,39 @@ def edm_denoiser(network):
     return denoiser
 
 
+def predict_copies(predict, x, t, classes, controls):
+    """One forward pass for several copies of a batch: copy i has classes[i] and controls[i].
+
+    Returns the velocities of the copies, [N, C, H, W] each.
+    """
+    copies = len(classes)
+    rows = None
+    if controls[0] is not None:
+        rows = torch.cat(controls)                                    # [copies N, 7]
+    v = predict(x.repeat(copies, 1, 1, 1), t.repeat(copies), torch.cat(classes), control=rows)
+    return v.chunk(copies)
+
+
 def guided(
-    model, y, scale=1.0, interval=None, guide=None, control=None, control_scale=None, call="__call__"
+    model,
+    y,
+    scale=1.0,
+    interval=None,
+    guide=None,
+    control=None,
+    control_scale=None,
+    call="__call__",
 ):
-    """Returns the function (x, t) -> v of a model for classes y [N], guided where low <= t <= high.
+    """Returns the function (x, t) -> v of a model for classes y [N], guided if t is in `interval`.
 
     Guidance turns v into v_weak + scale (v - v_weak). c is the control [N, 7], if there is one:
         classifier-free guidance       v = model(y, c)    v_weak = model(null, c)
         autoguidance (2406.02507)      v = model(y, c)    v_weak = guide(y, c), of a weaker model
         control guidance (2411.03177)  v = model(y, 0) + control_scale (model(y, c) - model(y, 0))
                                        v_weak = model(null, 0), and a control of zeros means none
-    interval: (low, high), or None for all t. Without a control_scale, a scale of 1 or less means no
-    guidance. EDM's denoiser is affine in F, so guiding F guides it. For DDPM, call is "predict_at",
-    v is the noise, and the channels for the variance are those of model(y, c).
+    Without a control_scale, a scale of 1 or less means no guidance. EDM's denoiser is affine in F,
+    so guiding F guides it. For DDPM, call is "predict_at", v is the noise, and the channels for the
+    variance are those of model(y, c).
     paper: the formula of 2411.03177 was not available / here: reconstructed from its two scales.
     official code: DiT and SiT guide three of four channels (DiT#41) / here: all, as in REPA.
     official code: Heun's second evaluation is guided if the step starts inside the interval / here:
@@ -189,15 +209,6 @@ def guided(
     low, high = interval or (0, math.inf)
     unguided = scale <= 1 and control_scale is None
     predict = getattr(model, call)
-
-    def predict_all(x, t, classes, controls):
-        """One forward pass for several copies of the batch, each with its classes and control."""
-        n = len(classes)
-        rows = None
-        if control is not None:
-            rows = torch.cat(controls)                                # [n N, 7]
-        v = predict(x.repeat(n, 1, 1, 1), t.repeat(n), torch.cat(classes), control=rows)
-        return v.chunk(n)                                             # n times [N, C, H, W]
 
     def velocity(x, t):
         x = x.float()
@@ -209,10 +220,11 @@ def guided(
             v_full = predict(x, t, y, control=control)
             v_weak = getattr(guide, call)(x, t, y, control=control)
         elif control_scale is None:
-            v_full, v_weak = predict_all(x, t, [y, null], [control, control])
+            v_full, v_weak = predict_copies(predict, x, t, [y, null], [control, control])
         else:
             zeros = torch.zeros_like(control)  # no control
-            v_full, v_class, v_weak = predict_all(x, t, [y, y, null], [control, zeros, zeros])
+            controls = [control, zeros, zeros]
+            v_full, v_class, v_weak = predict_copies(predict, x, t, [y, y, null], controls)
         v = v_full
         if control_scale is not None:
             v = v_class + control_scale * (v_full - v_class)
@@ -349,7 +361,8 @@ def generate(model, indices, y, sampler=None, steps=None, seed=0, control=None, 
 
 def to_autoencoder(latents, data):
     """Turns latents of a model into the autoencoder's: the inverse of CachedFeatures.latents."""
-    return latents / data["latent_scale"] + data["latent_shift"]
+    scale = per_channel(data["latent_scale"], latents)
+    return latents / scale + per_channel(data["latent_shift"], latents)
 
 
 def decode(latents, autoencoder, data, indices=None):

@@ -186,7 +186,8 @@ def test_features_match_the_evaluator(net, tmp_path):
     args = fid.parse_args([str(path), str(path), "--batch-size", "4", "--device", "cpu"])
     for kind in ("ref", "sample"):
         np.savez(path, arr_0=images64(kind, 6))
-        measured = fid.measure(fid.open_source(path, args), net, args, rank=0, world=1)
+        source = fid.open_source(path, args)
+        measured = fid.measure(source, "inception", net, args, rank=0, world=1)
         pooled, spatial = measured.features["fid"], measured.features["sfid"]
         golden = [ROWS[f"{kind}_{name}"][:6].reshape(6, -1) for name in ("pool3", "spatial")]
         assert np.abs(pooled.numpy() - golden[0]).max() < 3e-4
@@ -550,15 +551,15 @@ def test_warnings(tiny, tmp_path, capsys):
 
 
 def rows_of(text):
-    """The table that fid.py prints: name of a row -> its five entries."""
+    """The table that fid.py prints: name of a row -> its six entries."""
     lines = text.splitlines()
-    assert lines[0].split() == "fid sfid inception_score precision recall".split()
+    assert lines[0].split() == "fid sfid inception_score precision recall mind".split()
     rows = {}
     for line in lines[1:]:
         if line.startswith("reference "):
             return rows
-        assert len(line[:79].split()) == 5 and line[79:81] == "  "  # aligned, 15 characters each
-        rows[line[81:]] = line[:79].split()
+        assert len(line[:95].split()) == 6 and line[95:97] == "  "  # aligned, 15 characters each
+        rows[line[97:]] = line[:95].split()
 
 
 def test_several_sets_equal_separate_runs(tiny, tmp_path, capsys):
@@ -616,7 +617,7 @@ def test_what_was_not_measured_is_a_dash(tmp_path, capsys):
     np.savez(tmp_path / "a.npz", arr_0=noise(5))
     result = run(tmp_path / "a.npz", tmp_path / "a.npz", *PIXELS, out=tmp_path)
     rows = rows_of(capsys.readouterr().out)
-    assert rows == {str(tmp_path / "a.npz"): [f"{result['fid']:.4f}", "-", "-", "1.0000", "1.0000"]}
+    assert rows == {str(tmp_path / "a.npz"): [f"{result['fid']:.4f}", "-", "-", *["1.0000"] * 2, "0.0000"]}
     assert result["floor"] is None  # two images are too few
     assert set(result) == {*fid.METRICS, "set", "protocol", "floor"} and result["sfid"] is None
 
@@ -888,7 +889,7 @@ def test_a_failed_write_keeps_the_old_reference(tmp_path):
     images = fid.FolderImages(tmp_path / "images", None)
     images.files[4].unlink()  # the reader fails on the last image
     (tmp_path / "ref.npz").write_text("old")
-    statistics = dict.fromkeys(["fid", "sfid"], (np.zeros(3), np.eye(3)))
+    statistics = {"inception": dict.fromkeys(["fid", "sfid"], (np.zeros(3), np.eye(3)))}
     with pytest.raises(fid.UserError, match="4.png"):
         fid.write_reference(tmp_path / "ref.npz", images, statistics)
     assert (tmp_path / "ref.npz").read_text() == "old"
@@ -956,7 +957,7 @@ def test_no_weights_and_no_network(tmp_path, monkeypatch):
         ("a.npz a.npz --batch-size 1e3", "--batch-size: invalid int value: '1e3'"),
         ("a.npz a.npz --image-size -8", "--image-size"),
         ("a.npz a.npz --image-size 4097", "--image-size 4097 .* 4096"),
-        ("a.npz a.npz --features clip", "--features: invalid choice: 'clip'"),
+        ("a.npz a.npz --features no_net", "--features no_net.*Unknown model"),
         ("a.npz a.npz --nonsense", "--nonsense"),
         ("a.npz /dev/full/x", "/dev/full/x: no such file"),
         ("--stats a.npz", "--out REF.npz"),
@@ -1063,7 +1064,7 @@ def test_help_shows_the_defaults(capsys):
         fid.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     for option in (
-        "--features {inception,pixels} what the metrics compare (default: inception)",
+        "mae, siglip, clip, pixels, or a model of timm (default: inception)",
         "images per process (default: 64)",
     ):
         assert option in text
