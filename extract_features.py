@@ -333,6 +333,9 @@ def load_autoencoder(name, device="cpu"):
     remedy = "pass those of Stable Diffusion's autoencoder"
     with explaining(f"--vae {name}: weights of another architecture", remedy):
         autoencoder.load_state_dict(modern_names(weights))
+    if torch.device(device).type == "cuda":
+        torch.backends.cudnn.benchmark = True  # most batches have one shape
+        autoencoder.to(memory_format=torch.channels_last)
     return autoencoder.to(device)
 
 
