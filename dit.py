@@ -4,16 +4,16 @@
                 and REPA (2410.06940)
     DiverseDiT  DiT with long residual connections (2603.04239)
     SDDiT       masked encoder, decoder and EDM preconditioning of SD-DiT (2403.17004)
-    NoiseDiT    a DiT that predicts the noise, used as a velocity model (2212.09748)
+    NoiseDiT    DiT's own network, which predicts the noise and a variance (2212.09748)
 
-The first three have the control conditioning of arXiv 2411.03177 and its transfer to a higher
-resolution. Nothing here reads a file, knows about processes or holds a loss. `build(config)` makes
-a model from the `config` of its checkpoint.
+All have the control conditioning of arXiv 2411.03177 and its transfer to a higher resolution.
+Nothing here reads a file, knows about processes or holds a loss. `build(config)` makes a model from
+the `config` of its checkpoint.
 
-The state dict of a plain DiT has the names and shapes of REPA's checkpoints. Those of DiT and SiT
-have twice as many output channels. Control and long residuals add tensors, and class tokens widen
-the label table. An SDDiT adds a CLS token and a decoder; its label table and its last layer have
-shapes of their own.
+The state dict of a plain DiT has the names and shapes of REPA's checkpoints, that of a NoiseDiT
+those of DiT's: twice as many output channels. SiT's files have these as well and do not use them.
+Control, an interval and long residuals add tensors, and class tokens widen the label table. An
+SDDiT adds a CLS token and a decoder; its label table and its last layer have shapes of their own.
 
 Every file says where it deviates from a paper or from the authors' code, always in this form:
     paper: what the paper says / official code: what the authors' code does / here: what this file
@@ -27,6 +27,7 @@ P: side of a patch. G = H/P: side of the grid. T = G G: number of patches. D: wi
 
 import math
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ SIZES = {  # name: (blocks, width, heads)
     "nano": (6, 128, 4),  # our own size, for laptops and tests; the others are DiT's
     "S": (12, 384, 6),
     "B": (12, 768, 12),
+    "M": (16, 1024, 16),  # MeanFlow's (arXiv 2505.13447)
     "L": (24, 1024, 16),
     "XL": (28, 1152, 16),
 }
@@ -80,20 +82,20 @@ def shift_time(t, s):
     return s * t / (1 + (s - 1) * t)
 
 
-def normal_from_uniform(u, mean, std):
-    """Turns uniform numbers u in [0, 1) into normal ones, by the inverse distribution function."""
-    return mean + std * torch.special.ndtri(u.clamp(1e-7, 1 - 1e-7))
+def normal_from_uniform(uniform, mean, std):
+    """Turns uniform numbers in [0, 1) into normal ones, by the inverse distribution function."""
+    return mean + std * torch.special.ndtri(uniform.clamp(1e-7, 1 - 1e-7))
 
 
-def training_time(u, time_normal=None, time_shift=1.0):
-    """Turns uniform numbers u in [0, 1) into the times t at which a flow-matching model trains.
+def training_time(uniform, time_normal=None, time_shift=1.0):
+    """Turns uniform numbers in [0, 1) into the times t at which a flow-matching model trains.
 
-    t is u itself, or, with time_normal = (mean, std), logit t ~ N(mean, std^2) (SD3, arXiv
-    2403.03206). Both are then shifted, see shift_time.
+    With time_normal = (mean, std), logit t ~ N(mean, std^2) (SD3, arXiv 2403.03206); otherwise t is
+    uniform. Both are then shifted, see shift_time.
     """
-    t = u
+    t = uniform
     if time_normal is not None:
-        t = torch.sigmoid(normal_from_uniform(u, *time_normal))
+        t = torch.sigmoid(normal_from_uniform(uniform, *time_normal))
     return shift_time(t, time_shift)
 
 
@@ -109,6 +111,54 @@ def edm_coefficients(sigma, sigma_data=0.5):
     c_in = 1 / std
     c_noise = sigma.log() / 4
     return c_skip, c_out, c_in, c_noise
+
+
+class DDPMStep(NamedTuple):
+    """A timestep k of a noise-prediction model, and the step from k to the next lower timestep l.
+
+    x_k = alpha_k x + sigma_k eps, with alpha_k^2 + sigma_k^2 = 1. Below the lowest k, x_l is x with
+    alpha_l = 1. Given x and x_k, x_l is normal: its mean is c1 x + c2 x_k, its variance beta_tilde
+    (arXiv 2006.11239, Eq. 7). The fields are floats, or tensors of one shape.
+    """
+
+    k: float
+    alpha: float  # alpha_k
+    sigma: float  # sigma_k
+    log_beta: float  # beta = 1 - alpha_k^2 / alpha_l^2
+    log_beta_tilde: float  # beta_tilde = beta sigma_l^2 / sigma_k^2
+    c1: float  # beta alpha_l / sigma_k^2
+    c2: float  # sqrt(1 - beta) sigma_l^2 / sigma_k^2
+
+    def log_variance(self, output):
+        """Returns the log-variance of the model's own step, from the channels [N, C, H, W] for it.
+
+        1 stands for log beta and -1 for log beta_tilde (arXiv 2102.09672, Eq. 15). Nothing is
+        clamped.
+        """
+        fraction = (output + 1) / 2
+        return fraction * self.log_beta + (1 - fraction) * self.log_beta_tilde
+
+
+def ddpm_schedule(steps=1000):
+    """Returns DiT's 1000 timesteps, or `steps` >= 2 of them in even distances: a list of DDPMStep.
+
+    The list goes from data to noise, from k = 0 to k = 999. At k = 0 beta_tilde is 0, and its
+    logarithm is replaced by the one of the next step (arXiv 2102.09672).
+    """
+    all_alpha = np.sqrt(np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000)))
+    k = np.linspace(0, 999, steps).round()
+    alpha = all_alpha[k.astype(int)]                                  # [steps], as all below
+    alpha_l = np.append(1.0, alpha[:-1])
+    variance = 1 - alpha**2
+    variance_l = 1 - alpha_l**2
+
+    beta = 1 - (alpha / alpha_l) ** 2
+    beta_tilde = beta * variance_l / variance
+    beta_tilde[0] = beta_tilde[1]
+    c1 = beta * alpha_l / variance
+    c2 = alpha / alpha_l * variance_l / variance
+    fields = (k, alpha, np.sqrt(variance), np.log(beta), np.log(beta_tilde), c1, c2)
+    return [DDPMStep(*values) for values in np.stack(fields, axis=1).tolist()]
 
 
 def without_autocast(tensor):
@@ -307,12 +357,12 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """Diffusion transformer with adaLN-Zero blocks.
 
-    It predicts as many channels as it reads, as REPA does; DiT and SiT add channels for the
-    variance. The keyword arguments up to qk_norm have the official names; those from control on are
-    our own.
+    It predicts as many channels as it reads, as REPA does; NoiseDiT adds those of the variance. The
+    keyword arguments up to qk_norm have the official names; those from control on are our own.
     """
 
     first_time = 1.0  # where sampling starts: pure noise
+    outputs = 1  # what the last layer predicts, in multiples of in_channels
 
     def __init__(
         self,
@@ -331,6 +381,7 @@ class DiT(nn.Module):
         class_tokens=0,  # 0 adds the class to c; K > 0 feeds it as K tokens before the patches
         pos_base=None,  # see sincos_positions
         time_shift=1.0,  # see shift_time
+        interval=False,  # True embeds t - r, too: see forward
     ):
         """Raises ValueError if sizes do not divide, or if control or control_alpha is invalid."""
         super().__init__()
@@ -355,10 +406,11 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(
             DiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth)
         )
-        self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels)
+        self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.outputs * in_channels)
         self.control_embedder = None
         if control != "none":
             self.control_embedder = ControlEmbedder(hidden_size, control, control_alpha)
+        self.h_embedder = TimestepEmbedder(hidden_size) if interval else None
         self.initialize_weights()
 
     def initialize_weights(self):
@@ -383,6 +435,9 @@ class DiT(nn.Module):
         mlp = self.t_embedder.mlp
         for layer in (self.y_embedder.embedding_table, mlp[0], mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
+        if self.h_embedder is not None:
+            for layer in (self.h_embedder.mlp[0], self.h_embedder.mlp[2]):
+                nn.init.normal_(layer.weight, std=0.02)
 
         if self.control_embedder is not None:
             for mlp in (self.control_embedder.low, self.control_embedder.high):
@@ -395,13 +450,19 @@ class DiT(nn.Module):
         table = torch.tensor(table[None], dtype=torch.float32)
         return nn.Parameter(table, requires_grad=False)
 
-    def condition(self, t, unshifted_t, y, drop, control):
+    def condition(self, t, unshifted_t, y, drop, control, r=None):
         """Returns the condition c [N, D] and the K class tokens [N, K, D] that precede the patches.
 
-        t [N] is embedded. unshifted_t [N], the time before any shift (see shift_time), weighs the
-        control: it says how noisy an image looks, at every resolution.
+        t [N] is embedded, and t - r if the model has the option `interval`. unshifted_t [N], the
+        time before any shift (see shift_time), weighs the control: it says how noisy an image
+        looks, at every resolution.
         """
         c = self.t_embedder(t)                                        # [N, D]
+        if self.h_embedder is not None:
+            h = torch.zeros_like(t) if r is None else t - r
+            c = c + self.h_embedder(h)
+        elif r is not None:
+            raise ValueError("r needs a model with the option `interval`")
         classes = self.y_embedder(y, drop)                            # [N, D] or [N, K D]
         if self.control_embedder is not None and control is not None:
             c = c + self.control_embedder(control, unshifted_t)
@@ -411,9 +472,13 @@ class DiT(nn.Module):
         return c + classes, c.new_empty(len(c), 0, self.hidden_size)
 
     def unpatchify(self, x):                                          # [N, T, P*P*C]
-        G, P, C = self.grid, self.patch_size, self.in_channels
+        G, P, C = self.grid, self.patch_size, self.outputs * self.in_channels
         x = x.reshape(-1, G, G, P, P, C).permute(0, 5, 1, 3, 2, 4)    # [N, C, G, P, G, P]
         return x.reshape(-1, C, G * P, G * P)                         # [N, C, H, W]
+
+    def control_time(self, t):
+        """Returns the time before any shift (see shift_time), which weighs the control."""
+        return shift_time(t, 1 / self.time_shift)
 
     def run_block(self, block, x, c):
         """Runs a block. Every block of every architecture passes here, also in SD-DiT's decoder.
@@ -440,16 +505,18 @@ class DiT(nn.Module):
                 kept[b] = tokens                                      # [N, K + T, D]
         return tokens, kept
 
-    def forward(self, x, t, y, drop=None, control=None, return_blocks=None):
+    def forward(self, x, t, y, drop=None, control=None, return_blocks=None, r=None):
         """Returns the velocity [N, C, H, W] of noisy latents x at times t [N] for classes y [N].
 
+        A model with the option `interval` is MeanFlow's (arXiv 2505.13447): it returns u(x, r, t),
+        the mean velocity from time r [N] to t. By default r = t, where u is the velocity.
         t = 1 is noise. drop [N] bool: labels to replace by the null class. control [N, 7]: see
         ControlEmbedder. return_blocks: numbers of blocks, counted from 1. With them, it returns the
         velocity and a list of the tokens [N, T, D] after these blocks, in this order.
-        Raises KeyError if there is no such block.
+        Raises KeyError if there is no such block, and ValueError for an r without `interval`.
         """
-        unshifted_t = shift_time(t, 1 / self.time_shift)
-        c, classes = self.condition(t, unshifted_t, y, drop, control)
+        unshifted_t = self.control_time(t)
+        c, classes = self.condition(t, unshifted_t, y, drop, control, r)
         patches = self.x_embedder(x) + self.pos_embed                 # [N, T, D]
         tokens = torch.cat([classes, patches], dim=1)                 # [N, K + T, D]
 
@@ -600,38 +667,75 @@ class SDDiT(DiT):
 
 
 class NoiseDiT(DiT):
-    """DiT's own network (arXiv 2212.09748), which predicts eps, as a velocity model.
+    """DiT's own network (arXiv 2212.09748): it predicts eps, and is a velocity model as well.
 
-    The network reads x_vp = alpha x + sigma eps. Flow matching has the same image and noise in
-        x_t = x_vp / (alpha + sigma)  at  t = sigma / (alpha + sigma),  so that
-        v = eps - x = eps - (x_vp - sigma eps) / alpha = (eps - x_t) / (1 - t).
-    Since alpha^2 + sigma^2 = 1, 1 / (alpha + sigma) = hypot(1 - t, t).
-    Sampling starts at `first_time`, the largest t of DiT's schedule. Below the smallest t, 0.0099,
-    the timestep stays 0.
-    official code: DiT samples x_vp in 250 ancestral steps with learned variances / here: the
-    samplers of flow matching are used, because they need no variances.
+    It reads x_k = alpha x + sigma eps at a timestep k (see DDPMStep). Its first C output channels
+    are eps, and the others set the variance of a sampling step (see DDPMStep.log_variance). Flow
+    matching has the same image and noise in
+        x_t = x_k / (alpha + sigma)  at  t = sigma / (alpha + sigma),  so that
+        v = eps - x = eps - (x_k - sigma eps) / alpha = (eps - x_t) / (1 - t).
+    Since alpha^2 + sigma^2 = 1, 1 / (alpha + sigma) = hypot(1 - t, t). So the samplers of flow
+    matching can draw from it: they start at `first_time`, the largest t of DiT's schedule, and use
+    no variance. Below the smallest t, 0.0099, the timestep stays 0.
     """
+
+    outputs = 2
 
     def __init__(self, **options):
         super().__init__(**options)
-        beta = np.linspace(1e-4, 2e-2, 1000)
-        alpha = np.cumprod(1 - beta) ** 0.5  # for the timesteps 0 to 999
-        sigma = (1 - alpha**2) ** 0.5
-        self.log_snr = 2 * np.log(alpha / sigma)
-        self.first_time = float(sigma[-1] / (alpha[-1] + sigma[-1]))  # 0.9937
+        schedule = ddpm_schedule()
+        last = schedule[-1]
+        self.first_time = last.sigma / (last.alpha + last.sigma)  # 0.9937
+        table = torch.tensor(schedule, dtype=torch.float64)           # [1000, fields]
+        self.register_buffer("schedule", table, persistent=False)
+        steps = DDPMStep(*table.T)
+        log_snr = 2 * (steps.alpha / steps.sigma).log()               # [1000]
+        self.register_buffer("log_snr", log_snr, persistent=False)
 
-    def forward(self, x, t, y, drop=None, control=None):
-        """Returns the velocity [N, C, H, W] of x at times t [N] for classes y [N].
+    def steps_at(self, k):
+        """Returns the DDPMStep of timesteps k [N], int64. Its fields are fp32 [N, 1, 1, 1]."""
+        return DDPMStep(*self.schedule[k].float().T[..., None, None, None])
 
-        0 < t <= first_time. drop: see DiT. control is ignored, because DiT's own network was
-        trained without it.
+    def timestep(self, t):
+        """Returns the timesteps [N] of times t [N], which are interpolated in log-SNR."""
+        log_snr = -2 * t.double().logit()
+        i = torch.searchsorted(-self.log_snr, -log_snr).clamp(1, 999)
+        left = self.log_snr[i - 1]
+        right = self.log_snr[i]
+        share = (left - log_snr) / (left - right)
+        return (i - 1 + share.clamp(0, 1)).float()
+
+    def control_time(self, k):
+        """Returns the t of flow matching at the timesteps k [N]: the inverse of `timestep`."""
+        left = k.long()
+        right = (left + 1).clamp(max=999)
+        log_snr = torch.lerp(self.log_snr[left], self.log_snr[right], k.double() - left)
+        return torch.sigmoid(-log_snr / 2).float()
+
+    def predict(self, x_k, k, y, **options):
+        """Returns eps and the variance's channels, [N, 2 C, H, W], of x_k at timesteps k [N].
+
+        options: see DiT.forward; with return_blocks, it returns the tokens as well.
         """
-        log_snr = 2 * torch.log((1 - t) / t).cpu().numpy()
-        timestep = np.interp(-log_snr, -self.log_snr, np.arange(1000))
-        t = t.view(-1, 1, 1, 1)
-        x_vp = x / torch.hypot(1 - t, t)
-        eps = super().forward(x_vp, torch.from_numpy(timestep).to(x), y, drop)
-        return (eps - x) / (1 - t)
+        return super().forward(x_k, k, y, **options)
+
+    def predict_at(self, x_k, t, y, control=None):
+        """Like predict, but at the times t [N] of whole timesteps."""
+        return self.predict(x_k, self.timestep(t).round(), y, control=control)
+
+    def forward(self, x, t, y, drop=None, control=None, return_blocks=None):
+        """Returns the velocity [N, C, H, W] of x at times t [N], 0 < t <= first_time: see DiT."""
+        t_image = t.view(-1, 1, 1, 1)
+        x_k = x / torch.hypot(1 - t_image, t_image)
+        blocks = return_blocks or ()
+        output, tokens = self.predict(
+            x_k, self.timestep(t), y, drop=drop, control=control, return_blocks=blocks
+        )
+        eps = output[:, : self.in_channels]
+        v = (eps - x) / (1 - t_image)                                 # [N, C, H, W]
+        if return_blocks is None:
+            return v
+        return v, tokens
 
 
 ARCHITECTURES = {"DiT": DiT, "DiverseDiT": DiverseDiT, "SDDiT": SDDiT, "NoiseDiT": NoiseDiT}
@@ -676,8 +780,8 @@ def inherit_config(config, other_config):
 
     This is the grid of the other model's positions, and its time shift times the ratio of the two
     sides (arXiv 2411.03177). The ratio counts as 1 if the latents are of another kind, with another
-    number of channels. Raises ValueError if patch size, width, depth or heads differ, because most
-    weights would not fit.
+    number of channels, and for a NoiseDiT, whose timesteps are fixed. Raises ValueError if patch
+    size, width, depth or heads differ, because most weights would not fit.
     """
     for key in ("patch_size", "hidden_size", "depth", "num_heads"):
         if other_config[key] != config[key]:
@@ -686,7 +790,8 @@ def inherit_config(config, other_config):
             )
     grid = other_config["input_size"] // other_config["patch_size"]
     ratio = 1
-    if other_config["in_channels"] == config["in_channels"]:
+    same_latents = other_config["in_channels"] == config["in_channels"]
+    if same_latents and config["arch"] != "NoiseDiT":
         ratio = config["input_size"] / other_config["input_size"]
     return {
         "pos_base": other_config.get("pos_base") or grid,

@@ -576,8 +576,9 @@ def read_init(path, config):
     """Returns the checkpoint of --init, and the entries of `config` that its model hands on."""
     init = read_checkpoint(path)
     with explaining(f"--init {path}: does not fit this model", "choose another one"):
-        if init["config"]["arch"] == "NoiseDiT":
-            raise ValueError("DiT's own networks predict noise: only sample.py takes them")
+        kinds = {init["config"]["arch"], config["arch"]}
+        if "NoiseDiT" in kinds and len(kinds) > 1:
+            raise ValueError("one of the two predicts noise: train_dit.py goes on from such models")
         check_archive(checkpoint_file(path))
         inherited = dit.inherit_config(config, init["config"])
     return init, inherited
@@ -617,8 +618,9 @@ def from_official(file, official=None):
     """Returns a checkpoint in our form from a file of REPA, SiT or DiT, or of their scripts.
 
     The number of output channels tells them apart. If there are eight, the last four are variances:
-    DiT trains them, and in SiT's files they are still 0. If there are four, the file is REPA's if
-    it holds projectors; otherwise `official` must be "repa" or "sit". Raises ValueError for others.
+    DiT trains them, and they are kept; in SiT's files they are still 0, and left out. If there are
+    four, the file is REPA's if it holds projectors; otherwise `official` must be "repa" or "sit".
+    Raises ValueError for others.
     """
     state = file.get("ema", file.get("model", file))
     weights = {}
@@ -670,14 +672,12 @@ def from_official(file, official=None):
 
 
 def take_prediction(weights, patch, channels, four_channels):
-    """Leaves the variances out of the last layer. Returns the origin of the file: repa, sit, dit.
+    """Returns the origin of the file: repa, sit, dit. Leaves SiT's variances out of the last layer.
 
     four_channels: the origin if there are no variances. Raises ValueError if that is not known.
     """
     names = ("final_layer.linear.weight", "final_layer.linear.bias")
     last = {name: weights[name].unflatten(0, (patch**2, -1, channels)) for name in names}
-    for name in names:
-        weights[name] = last[name][:, 0].flatten(0, 1)
     if last[names[0]].shape[1] == 1:
         kind = four_channels
     else:
@@ -685,6 +685,8 @@ def take_prediction(weights, patch, channels, four_channels):
     if kind is None:
         raise ValueError("its keys fit REPA and SiT: sample.py needs --official repa or sit")
     if kind == "sit":
+        for name in names:
+            weights[name] = last[name][:, 0].flatten(0, 1)
         reverse_time(weights)
     return kind
 
@@ -942,7 +944,7 @@ class TrainingLog:
         except OSError as error:
             reason = f"cannot write {self.path} ({error.strerror})"
             self.failure = UserError(f"{reason}; free some space and run the same command again")
-        shown = next(name for name in ("loss_fm", "loss_edm", "loss") if name in row)
+        shown = next(name for name in ("loss_fm", "loss_edm", "loss_noise", "loss") if name in row)
         if row[shown] is None:
             text = "no finite gradient"
         else:

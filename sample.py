@@ -12,6 +12,12 @@ command again to continue it.
       ode, heun     dx_t/dt = v
       sde           dx_t = (v - t s) dt + sqrt(2t) dw, the score is s = -((1 - t) v + x_t) / t
                     (arXiv 2401.08740)
+    MeanFlow        the network predicts u(x_t, r, t), the mean velocity from r to t; v = u(x, t, t)
+      mean          x_r = x_t - (t - r) u, by default in a single step (arXiv 2505.13447)
+    noise           x_k = alpha x + sigma eps, k = 0 .. 999 (arXiv 2212.09748)
+                    the network predicts eps and a variance
+      ddpm          x_l = c1 x + c2 x_k + exp(log_variance / 2) n, for the next lower timestep l;
+                    ode, heun and sde also take this network, as a velocity (see dit.NoiseDiT)
     EDM             x_sigma = x + sigma eps (arXiv 2206.00364)
                     the network predicts F of the denoiser D = c_skip x_sigma + c_out F
       edm           dx_sigma/dsigma = (x_sigma - D) / sigma, Heun's method; the one of SD-DiT
@@ -87,8 +93,8 @@ def flow_sde(model, x, times, noise):
     """Solves the reverse SDE by Euler-Maruyama along `times` (see sde_times), from noise x.
 
     model(x, t) -> v; noise() -> N(0, 1) like x [N, C, H, W]. Returns float64.
-    paper: REPA's noise is sqrt(2 w dt) eps with w = t, in SiT's convention / official code: it is
-    sqrt(w dt) eps with w = 2t / here: as in the code, the same sampler because w_here = 2 w_paper.
+    The diffusion coefficient is w = 2t, as in REPA's code. Its paper writes the same sampler with
+    w = t and noise sqrt(2 w dt) eps.
     """
     x = x.double()
     for t, t_next in pairwise(times.tolist()):
@@ -99,6 +105,42 @@ def flow_sde(model, x, times, noise):
         if t_next > 0:
             x = x + math.sqrt(2 * t * (t - t_next)) * noise()
     return x
+
+
+def mean_flow(model, x, times):
+    """Jumps from each of `times` t (see ode_times) to the next, r, from noise x [N, C, H, W].
+
+    model(x, t, r) -> u, the mean velocity. An exact u gives the same x for all `times`; where a
+    step begins and ends is all that Euler's method does not tell its network. Returns float64.
+    """
+    x = x.double()
+    for t, r in pairwise(times.tolist()):
+        x = x - (t - r) * model(x, t, r).double()
+    return x
+
+
+def ddpm_times(steps=250):
+    """Returns the t of DDPM's timesteps (see dit.NoiseDiT), then 0: float64 [steps + 1]."""
+    schedule = dit.ddpm_schedule(steps)
+    times = [step.sigma / (step.alpha + step.sigma) for step in reversed(schedule)]
+    return torch.tensor([*times, 0], dtype=torch.float64)
+
+
+def ddpm(model, x, times, noise):
+    """Runs DiT's ancestral sampler along `times` (see ddpm_times), from N(0, 1) noise x.
+
+    model(x, t) -> eps and the variance's channels, [N, 2 C, H, W]; noise() -> N(0, 1) like x
+    [N, C, H, W]. Neither x nor the variance is clamped, as in DiT. Returns float64.
+    """
+    x_k = x.double()
+    steps = reversed(dit.ddpm_schedule(len(times) - 1))
+    for t, step in zip(times.tolist(), steps, strict=False):
+        eps, variance = model(x_k, t).double().chunk(2, dim=1)
+        x = (x_k - step.sigma * eps) / step.alpha                     # [N, C, H, W]
+        x_k = step.c1 * x + step.c2 * x_k
+        if step.k > 0:
+            x_k = x_k + (step.log_variance(variance) / 2).exp() * noise()
+    return x_k
 
 
 def edm_heun(denoiser, x, sigmas):
@@ -125,18 +167,19 @@ def edm_denoiser(network):
     return denoiser
 
 
-def guided(model, y, scale=1.0, interval=None, guide=None, control=None, control_scale=None):
+def guided(
+    model, y, scale=1.0, interval=None, guide=None, control=None, control_scale=None, call="__call__"
+):
     """Returns the function (x, t) -> v of a model for classes y [N], guided where low <= t <= high.
 
-    interval: (low, high), or None for all t. Guidance turns v into v_weak + scale (v - v_weak);
-    without a control_scale, a scale of 1 or less means no guidance.
-        v = model(y, c), where the control c [N, 7] may be None
-        v_weak = model(null, c)     classifier-free guidance
-        v_weak = guide(y, c)        autoguidance by a weaker model (arXiv 2406.02507)
-    With a control_scale (arXiv 2411.03177), where 0 is a control of zeros, which means none:
-        v = model(y, 0) + control_scale (model(y, c) - model(y, 0))
-        v_weak = model(null, 0)
-    EDM's denoiser is affine in F, so guiding F guides it.
+    Guidance turns v into v_weak + scale (v - v_weak). c is the control [N, 7], if there is one:
+        classifier-free guidance       v = model(y, c)    v_weak = model(null, c)
+        autoguidance (2406.02507)      v = model(y, c)    v_weak = guide(y, c), of a weaker model
+        control guidance (2411.03177)  v = model(y, 0) + control_scale (model(y, c) - model(y, 0))
+                                       v_weak = model(null, 0), and a control of zeros means none
+    interval: (low, high), or None for all t. Without a control_scale, a scale of 1 or less means no
+    guidance. EDM's denoiser is affine in F, so guiding F guides it. For DDPM, call is "predict_at",
+    v is the noise, and the channels for the variance are those of model(y, c).
     paper: the formula of 2411.03177 was not available / here: reconstructed from its two scales.
     official code: DiT and SiT guide three of four channels (DiT#41) / here: all, as in REPA.
     official code: Heun's second evaluation is guided if the step starts inside the interval / here:
@@ -145,14 +188,15 @@ def guided(model, y, scale=1.0, interval=None, guide=None, control=None, control
     null = torch.full_like(y, model.num_classes)
     low, high = interval or (0, math.inf)
     unguided = scale <= 1 and control_scale is None
+    predict = getattr(model, call)
 
-    def evaluate(x, t, classes, controls):
-        """Returns the n velocities for n lists of classes and of controls, from one batch."""
+    def predict_all(x, t, classes, controls):
+        """One forward pass for several copies of the batch, each with its classes and control."""
         n = len(classes)
         rows = None
         if control is not None:
             rows = torch.cat(controls)                                # [n N, 7]
-        v = model(x.repeat(n, 1, 1, 1), t.repeat(n), torch.cat(classes), control=rows)
+        v = predict(x.repeat(n, 1, 1, 1), t.repeat(n), torch.cat(classes), control=rows)
         return v.chunk(n)                                             # n times [N, C, H, W]
 
     def velocity(x, t):
@@ -160,19 +204,39 @@ def guided(model, y, scale=1.0, interval=None, guide=None, control=None, control
         inside = low <= t <= high
         t = torch.full((len(x),), t, device=x.device)                 # [N]
         if unguided or not inside:
-            return model(x, t, y, control=control)
+            return predict(x, t, y, control=control)
         if guide is not None:
-            v = model(x, t, y, control=control)
-            v_weak = guide(x, t, y, control=control)
+            v_full = predict(x, t, y, control=control)
+            v_weak = getattr(guide, call)(x, t, y, control=control)
         elif control_scale is None:
-            v, v_weak = evaluate(x, t, [y, null], [control, control])
+            v_full, v_weak = predict_all(x, t, [y, null], [control, control])
         else:
             zeros = torch.zeros_like(control)  # no control
-            v_control, v_class, v_weak = evaluate(x, t, [y, y, null], [control, zeros, zeros])
-            v = v_class + control_scale * (v_control - v_class)
-        return v_weak + scale * (v - v_weak)
+            v_full, v_class, v_weak = predict_all(x, t, [y, y, null], [control, zeros, zeros])
+        v = v_full
+        if control_scale is not None:
+            v = v_class + control_scale * (v_full - v_class)
+        v = v_weak + scale * (v - v_weak)
+        C = x.shape[1]  # for DDPM, the channels for the variance come after these
+        return torch.cat([v[:, :C], v_full[:, C:]], dim=1)
 
     return velocity
+
+
+def mean_velocity(model, y, control=None, scale=1.0, control_scale=None, **others):
+    """Returns the function (x, t, r) -> u of a MeanFlow model for classes y [N].
+
+    The arguments are those of `guided`. Raises ValueError if u is to be guided: guidance mixes
+    velocities, and not their means.
+    """
+    if scale > 1 or control_scale is not None:
+        raise ValueError("a mean velocity cannot be guided; use another sampler")
+
+    def u(x, t, r):
+        t = torch.full((len(x),), t, device=x.device)                 # [N]
+        return model(x.float(), t, y, control=control, r=torch.full_like(t, r))
+
+    return u
 
 
 # ---- From a model to images
@@ -221,20 +285,31 @@ def choose_control(control, table, y, indices, seed):
 def choose_sampler(model, sampler=None, steps=None):
     """Returns the name of the sampler, and its times or noise levels [steps + 1].
 
-    The default is ode in 50 steps, or edm in 40 for an SDDiT. Raises UserError if the sampler does
-    not fit the model.
+    The default is ode in 50 steps; for an SDDiT edm in 40, for a NoiseDiT ddpm in 250, and for a
+    model of mean velocities mean in one. Raises UserError if the sampler does not fit the model, or
+    if ddpm has not so many steps.
     """
     fitting = ["ode", "heun", "sde"]
     if isinstance(model, dit.SDDiT):
         fitting = ["edm"]
+    elif isinstance(model, dit.NoiseDiT):
+        fitting = ["ddpm", *fitting]
+    elif model.h_embedder is not None:
+        fitting = ["mean", *fitting]
     sampler = sampler or fitting[0]
     if sampler not in fitting:
         raise UserError(f"--sampler {sampler}: does not fit this model; use {' or '.join(fitting)}")
 
     if sampler == "edm":
         return sampler, model.time_shift * edm_sigmas(steps or 40)
-    grid = sde_times if sampler == "sde" else ode_times
-    times = grid(steps or 50, first=model.first_time)
+    if sampler == "ddpm":
+        steps = steps or 250
+        if not 2 <= steps <= 1000:
+            raise UserError(f"--steps {steps}: ddpm takes 2 to 1000 of DiT's 1000 timesteps")
+        return sampler, ddpm_times(steps)
+    make_times = sde_times if sampler == "sde" else ode_times
+    default = 1 if sampler == "mean" else 50
+    times = make_times(steps or default, first=model.first_time)
     return sampler, dit.shift_time(times, model.time_shift)
 
 
@@ -256,15 +331,20 @@ def generate(model, indices, y, sampler=None, steps=None, seed=0, control=None, 
 
     if control is not None:
         control = control.to(device)
-    network = guided(model, y.to(device), control=control, **guidance)
+    guidance = {"y": y.to(device), "control": control, **guidance}
     if sampler == "edm":
-        return edm_heun(edm_denoiser(network), noise(), times)
+        return edm_heun(edm_denoiser(guided(model, **guidance)), noise(), times)
+    if sampler == "ddpm":
+        return ddpm(guided(model, call="predict_at", **guidance), noise(), times, noise)
+    if sampler == "mean":
+        return mean_flow(mean_velocity(model, **guidance), noise(), times)
 
-    # a NoiseDiT starts at t < 1, where x_t has the variance (1 - t)^2 + t^2 if that of x is 1
+    # x_t = (1 - t) x + t eps has this standard deviation if x has 1; it is 1 at t = 1, but a
+    # NoiseDiT starts a little later
     start = noise() * math.hypot(1 - times[0], times[0])
     if sampler == "sde":
-        return flow_sde(network, start, times, noise)
-    return flow_ode(network, start, times, heun=sampler == "heun")
+        return flow_sde(guided(model, **guidance), start, times, noise)
+    return flow_ode(guided(model, **guidance), start, times, heun=sampler == "heun")
 
 
 def to_autoencoder(latents, data):
@@ -311,25 +391,29 @@ def save_grid(images, path, columns, gap=4):
     files.replace_file(path, lambda file: picture.save(file, "PNG"))
 
 
-def preview(model, cache, autoencoder, path, seed=0, precision="fp32", **options):
+def preview(model, cache, autoencoder, path, seed=0, precision="fp32", rows=None, **options):
     """Draws the picture of a training script: four rows of images, with a class in each column.
 
     cache: the CachedFeatures of the run. options: those of `generate`, such as sampler, steps and
-    scale. Writes no picture if images are not finite.
+    scale. rows: a list of such options; each draws one row, and all rows begin with the same noise.
+    Writes no picture if images are not finite.
     """
     classes = np.unique(cache.labels)  # those with images
     columns = min(len(classes), 10)
     if columns == 1:
         columns = 10  # a single class fills a picture of the usual width
     spread = np.linspace(0, len(classes) - 1, columns).astype(int)
-    indices = range(4 * columns)
+    indices = range(columns if rows else 4 * columns)
     y = choose_labels("balanced", indices, classes[spread].tolist(), seed)
     control = choose_control("empirical", cache.control_table, y, indices, seed)
     device = next(model.parameters()).device
+    latents = []
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        latents = generate(model, indices, y, seed=seed, control=control, **options)
+        for row in rows or [{}]:
+            own = {"seed": seed, "control": control, **options, **row}
+            latents.append(generate(model, indices, y, **own))
     try:
-        images = decode(latents, autoencoder, cache.meta)
+        images = decode(torch.cat(latents), autoencoder, cache.meta)
     except UserError as error:  # the run goes on without its picture
         print(f"{path}: {error}", file=sys.stderr)
         return
@@ -380,12 +464,14 @@ def parse_args(argv=None):
         help="image i depends on the seed and i alone")
 
     add = parser.add_argument_group("sampler and guidance").add_argument
-    add("--sampler", choices=["ode", "heun", "sde", "edm"],
-        help="by default ode (Euler's method), or edm for SD-DiT")
+    add("--sampler", choices=["ode", "heun", "sde", "mean", "ddpm", "edm"],
+        help="by default ode (Euler's method), mean for MeanFlow, ddpm for DiT, or edm for SD-DiT")
     add("--steps", type=number(int, 1, 10**6),
-        help="by default 50, or 40 for edm; REPA's numbers need --sampler sde with 250")
+        help="by default 50 (mean: 1, ddpm: 250, edm: 40); REPA's numbers need --sampler sde with"
+             " 250")
     add("--cfg", type=number(float, 1), default=1.0,
-        help="scale of the guidance; 1 means that there is none")
+        help="scale of the guidance of all channels; 1 means that there is none. A scale w that DiT"
+             " or SiT apply to three of four channels is about 1 + 0.75 (w - 1) here")
     add("--interval", type=number(float, 0), nargs=2, metavar=("LOW", "HIGH"),
         help="guide only at noise levels from LOW to HIGH")
     add("--control-cfg", type=number(float, 0), metavar="BETA",
@@ -490,7 +576,7 @@ def prepare(args, device):
         if control not in ("empirical", "none"):
             raise UserError(f"--control {args.control}: the model was trained without --control")
         control = "none"
-    check_guidance(args, model, checkpoint, control)
+    check_guidance(args, model, checkpoint, control, sampler)
     vae = args.vae or data["vae"]
     autoencoder = fitting_autoencoder(vae, checkpoint, device)
     if args.compile:
@@ -535,7 +621,7 @@ def load_guide(args, model, config, device):
     return guide
 
 
-def check_guidance(args, model, checkpoint, control):
+def check_guidance(args, model, checkpoint, control, sampler):
     """Refuses guidance that the model was not trained for."""
     if args.control_cfg is not None:
         dropped = checkpoint["args"].get("control_drop") != 0
@@ -544,6 +630,18 @@ def check_guidance(args, model, checkpoint, control):
                 "--control-cfg: needs training with --control and --control-drop, and no --guide"
             )
     guidance = args.cfg > 1 or args.control_cfg is not None
+    trained = checkpoint["args"]
+    null_weight = 1 - trained.get("omega", 1) - trained.get("kappa", 0)  # see train_meanflow.py
+    if args.cfg > 1 and abs(null_weight) > 1e-6:
+        raise UserError(
+            f"--cfg {args.cfg:g}: this model was trained towards guided samples (--omega, --kappa),"
+            " and would be guided twice; leave --cfg out"
+        )
+    if guidance and sampler == "mean":
+        raise UserError(
+            f"--cfg {args.cfg:g}: sampler mean cannot be guided, because guidance mixes velocities"
+            " and not their means; add --sampler ode"
+        )
     if guidance and not args.guide and not model.y_embedder.dropout_prob:
         raise UserError(
             f"--cfg {args.cfg:g}: the model has no null class (no label dropout in training)"

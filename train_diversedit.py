@@ -4,17 +4,18 @@
     L     = L_fm + w(L_div) L_div  (+ lambda L_repa)
     L_fm  = |v(x_t, t, y) - (eps - x)|^2                        mean over batch, channels, pixels
     L_div = (L_orth + L_MI + L_disp) / 3                        of the tokens f_b of m random blocks
-    L_orth = mean over pairs i < j of cos(<f_i>, <f_j>)         low if block means point apart
-    L_MI   = mean over pairs i < j of |<cos(f_i, f_j)>|         low if tokens at one place differ
-    L_disp = - clip(var(u / max u) / 0.25, 0, 1)                var, max over channels: low if these
-    u_c    = mean over b of <|f_bc|> / ||f_bc||_2               are used unevenly; u_c: use of c
+    L_orth = mean over pairs i < j of cos(<f_i>, <f_j>)         low: the block means point apart
+    L_MI   = mean over pairs i < j of |<cos(f_i, f_j)>|         low: tokens at one place are unlike
+    L_disp = - clip(var(u / max u) / 0.25, 0, 1)                low: some channels are used far more
+    u_c    = mean over b of <|f_bc|> / ||f_bc||                 how much the blocks use channel c
     w(L)   = 0 if L <= 0.1; (L - 0.1) / 0.5 if L <= 0.5; else 1     --div-gate
 
     x    latent, drawn anew from the VAE's posterior            m       --div-blocks
     eps  noise                                                  lambda  --repa-weight, 0 by default
     v    `model`, a DiverseDiT from dit.py                      L_repa  see train_repa.py
-    y    class label, sometimes dropped (--label-drop)      < >     mean over images and tokens
-    The norm || ||_2 is over images and tokens, too. L_MI stands in for the mutual information.
+    y    class label, sometimes dropped (--label-drop)
+    < > is a mean, and || || a norm, over images and tokens; var and max are over channels. L_MI
+    stands in for the mutual information.
 
 Commands
     python train_diversedit.py --digits                     minutes on a laptop
@@ -36,7 +37,7 @@ Shapes in the right margin: N batch, C, H, W of the latents, T tokens, D width, 
 
 from copy import deepcopy
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -107,8 +108,8 @@ def parse_args(argv=None):
     add("--label-drop", type=number(float, 0, below=1), default=0.1,
         help="probability of replacing the label of an image by the null class, for guidance")
     add("--time-normal", type=number(float, -20, 20), nargs=2, metavar=("MEAN", "STD"),
-        help="mean and standard deviation of logit t in training, which is then normal (default: t"
-             " is uniform; SD-DiT: the two of ln sigma, default -1.2 1.2)")
+        help="train with logit t ~ N(MEAN, STD^2) (default: t is uniform); SD-DiT: ln sigma ~"
+             " N(MEAN, STD^2), by default -1.2 1.2")
     add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32",
         help="precision of the network (on CUDA, fp32 products use TF32); weights and optimiser are"
              " always fp32")
@@ -137,7 +138,7 @@ def parse_args(argv=None):
         help="a value above 1 shifts the training times towards noise, for a higher resolution"
              " (default: 1, or with --init the ratio of the sides)")
 
-    digits = {  # defaults that --digits replaces
+    digits = {  # --digits puts these in place of the defaults
         "data": "features/digits",
         "out": f"runs/{NAME}-digits",
         "model": "nano/2",
@@ -170,28 +171,28 @@ def parse_args(argv=None):
 
 
 # >>> diversedit
-def diversity_loss(blocks, terms=TERMS):
+def diversity_loss(tokens, terms=TERMS):
     """L_div (arXiv 2603.04239, section 3) of the tokens of m >= 2 blocks: [m, N, T, D].
 
     Returns the mean of the `terms`, and a dict of all three: L_orth in [-1, 1], L_MI in [0, 1],
     L_disp in [-1, 0].
-    L_MI / paper: a signed mean / official code, here: the absolute value of each pair's mean.
-    L_disp / paper: no absolute values, no scale / official code, here: |.|, / max u / 0.25, clip.
-    Blocks / official code: ten fixed pairs, L_disp of all / paper, here: all pairs of the m drawn.
+    paper: L_MI is a signed mean / official code, here: the absolute value of each pair's mean.
+    paper: L_disp has no |.| and no scale / official code, here: |.|, / max u, / 0.25 and the clip.
+    official code: ten fixed pairs, and L_disp of all blocks / paper, here: the m blocks drawn.
     """
-    with torch.autocast(blocks.device.type, enabled=False):
-        f = blocks.float().flatten(1, 2)                             # [m, N T, D]
+    with torch.autocast(tokens.device.type, enabled=False):
+        f = tokens.float().flatten(1, 2)                             # [m, N T, D]
         i, j = torch.triu_indices(len(f), len(f), offset=1, device=f.device)  # all pairs i < j
 
         means = F.normalize(f.mean(1), dim=-1, eps=1e-8)             # [m, D]
         loss_orth = (means @ means.T)[i, j].mean()
 
         unit = F.normalize(f, dim=-1, eps=1e-8).transpose(0, 1)      # [N T, m, D]
-        cosines = (unit @ unit.mT).mean(0)                           # [m, m]
+        cosines = (unit @ unit.mT).mean(0)                           # [m, m], mean over tokens
         loss_mi = cosines[i, j].abs().mean()
 
-        use = f.abs().mean(1) / f.norm(dim=1).clamp(min=1e-8)        # [m, D]
-        u = use.mean(0)                                              # [D,]
+        use = f.abs().mean(1) / f.norm(dim=1).clamp(min=1e-8)        # [m, D], by each block
+        u = use.mean(0)                                              # [D,], by all of them
         variance = (u / (u.max() + 1e-8)).var(correction=0)
         loss_disp = -(variance / 0.25).clamp(0, 1)
     values = {"orth": loss_orth, "mi": loss_mi, "disp": loss_disp}
@@ -201,9 +202,9 @@ def diversity_loss(blocks, terms=TERMS):
 def gate(loss, low=0.1, high=0.5):
     """w(L): 0 up to `low`, (L - low) / 0.5 up to `high`, then 1.
 
-    The gradient also flows through w: (w L)' = (2 L - low) / 0.5.
-    paper, official code: the denominator is 0.5 and not high - low, so that w jumps from 0.8 to 1
-    at L = 0.5; they give it for [0.1, 0.5] only / here: 0.5 for every band.
+    The gradient also flows through w: inside the band, (w L)' = (2 L - low) / 0.5.
+    paper, official code: 0.5 and not high - low divides, so that w jumps from 0.8 to 1 at L = 0.5;
+    other bands are not stated / here: 0.5 divides for every band.
     """
     w = (loss - low) / 0.5
     w = torch.where(loss <= low, 0.0, w)
@@ -213,19 +214,19 @@ def gate(loss, low=0.1, high=0.5):
 def mean_over_ranks(loss):
     """Returns the mean of the loss over all processes, with the gradient of this process's loss.
 
-    All processes must see the same value, because the gate is a branch on it.
+    All processes need one value, because the gate branches on it. DDP averages the gradients.
     """
     if not dist.is_initialized():
         return loss
     mean = loss.detach() / dist.get_world_size()
     dist.all_reduce(mean)
-    return loss + (mean - loss.detach())
+    return loss + (mean - loss.detach())  # the bracket has no gradient
 
 
-def choose_blocks(seed, step, blocks, m):
-    """Returns m of the block numbers 1 .. `blocks`, the same in every process."""
+def choose_blocks(seed, step, depth, m):
+    """Returns m of the block numbers 1 .. depth, the same in every process."""
     rng = files.random_stream("blocks", seed, step)
-    return (rng.choice(blocks, m, replace=False) + 1).tolist()
+    return (rng.choice(depth, m, replace=False) + 1).tolist()
 
 
 class Objective(nn.Module):
@@ -238,9 +239,9 @@ class Objective(nn.Module):
         self.gate_range = args.div_gate
         self.num_chosen = args.div_blocks or min(10, len(model.blocks))
         low, high = self.gate_range
-        if self.num_chosen > len(model.blocks):
-            found = f"the model has {len(model.blocks)} blocks"
-            raise UserError(f"--div-blocks {self.num_chosen}: {found}")
+        depth = len(model.blocks)
+        if self.num_chosen > depth:
+            raise UserError(f"--div-blocks {self.num_chosen}: the model has {depth} blocks")
         if low >= high:
             raise UserError(f"--div-gate {low} {high}: the first number must be the smaller one")
         if self.terms == ["disp"] and low >= 0:
@@ -254,19 +255,20 @@ class Objective(nn.Module):
             self.aligned_blocks = args.repa_depth or [default]
             self.alignment = Alignment(model, self.aligned_blocks, meta)
 
-    def forward(self, x, y, t, eps, drop, chosen, targets=None, control=None):
+    def forward(self, x, y, uniform, eps, drop, chosen, targets=None, control=None):
         """Returns a dict of scalar tensors: `loss` is minimised, and all are logged.
 
-        x, eps [N, C, H, W]; y [N]; t [N], uniform in [0, 1); drop [N], true where the label is
+        x, eps [N, C, H, W]; y [N]; uniform [N], in [0, 1); drop [N], true where the label is
         dropped; chosen, the block numbers of L_div; targets [N, T, sum of E]; control [N, 7], see
         dit.ControlEmbedder.
         """
-        t = dit.training_time(t, self.time_normal, self.model.time_shift)  # by default, t itself
+        # by default, the times are the uniform numbers themselves
+        t = dit.training_time(uniform, self.time_normal, self.model.time_shift)
         t_image = t.view(-1, 1, 1, 1)
         x_t = (1 - t_image) * x + t_image * eps                      # [N, C, H, W]
         # asking for the tokens of all blocks costs no memory: the backward pass needs them anyway
-        blocks = range(1, len(self.model.blocks) + 1)
-        v, tokens = self.model(x_t, t, y, drop=drop, control=control, return_blocks=blocks)
+        every = range(1, len(self.model.blocks) + 1)
+        v, tokens = self.model(x_t, t, y, drop=drop, control=control, return_blocks=every)
         loss_fm = F.mse_loss(v.float(), eps - x)
         loss = loss_fm
         losses = {"loss_fm": loss_fm}
@@ -290,7 +292,7 @@ class Objective(nn.Module):
         return {"loss": loss, **losses}
 
     def flops(self, config):
-        """Returns the FLOPs of a training step per image: three times those of a forward pass."""
+        """Returns the FLOPs of a training step per image. Backward costs two times forward."""
         forward = dit.forward_flops(config)
         if self.alignment is not None:
             forward += self.alignment.flops(self.model.grid**2)
@@ -334,8 +336,8 @@ def report_cka(model, cache, path, device):
 def step_generator(seed, step, device):
     """Returns the generator that one step draws all its random numbers from.
 
-    PyTorch's generator for CPUs keeps 32 bits of a seed, so a few of 400,000 steps may repeat
-    another's noise. For training this is harmless; sample.py uses NumPy's generators instead.
+    A CPU generator keeps 32 bits of its seed, so a few of 400,000 steps may share their noise. That
+    does no harm.
     """
     stream = files.random_stream("step", seed, step)
     return torch.Generator(device).manual_seed(int(stream.integers(2**63)))
@@ -345,30 +347,30 @@ def data_order(dataset_size, views, global_batch, mine, seed, start):
     """Yields for each step, from `start` on, the indices of the images that this process trains on.
 
     mine: the slice of the global batch that is this process's. An epoch is a permutation of the
-    images, each in one of its views: view v of image i has the index i * views + v. The incomplete
+    images, each in one of its views: view v of image n has the index n * views + v. The incomplete
     batch at the end of an epoch is dropped.
     """
     steps_per_epoch = dataset_size // global_batch
     for step in count(start):
-        epoch, i = divmod(step, steps_per_epoch)
-        if i == 0 or step == start:  # a new epoch, or a resumed run
+        epoch, k = divmod(step, steps_per_epoch)
+        if k == 0 or step == start:  # a new epoch, or a resumed run
             rng = files.random_stream("epoch", seed, epoch)
-            image = rng.permutation(dataset_size)
-            view = rng.integers(views, size=dataset_size)
-            epoch_order = image * views + view
-        batch = epoch_order[i * global_batch : (i + 1) * global_batch]
+            image_order = rng.permutation(dataset_size)
+            chosen_views = rng.integers(views, size=dataset_size)
+            epoch_order = image_order * views + chosen_views
+        batch = epoch_order[k * global_batch : (k + 1) * global_batch]
         yield batch[mine]
 
 
 def draw_noise(args, model, mine, step, device):
-    """Draws the noise of the global batch of one step, and returns this process's rows of it.
+    """Draws all random numbers of one step for the global batch, and returns this process's rows.
 
-    It depends on (seed, step) alone, so a resumed run continues exactly, with any number of
+    So they depend on (seed, step) alone, and a resumed run continues exactly, with any number of
     processes. A method draws its own noise last, so that all methods share the rest.
     """
     generator = step_generator(args.seed, step, device)
     side = model.grid * model.patch_size
-    latents = (args.batch_size, model.in_channels, side, side)
+    latent_shape = (args.batch_size, model.in_channels, side, side)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator, device=device)
@@ -377,9 +379,9 @@ def draw_noise(args, model, mine, step, device):
         return torch.rand(*shape, generator=generator, device=device)
 
     noise = {
-        "vae_noise": normal(*latents),
-        "t": uniform(args.batch_size),
-        "eps": normal(*latents),
+        "vae_noise": normal(*latent_shape),
+        "uniform": uniform(args.batch_size),  # of which the method makes its times
+        "eps": normal(*latent_shape),
         "drop": uniform(args.batch_size) < model.y_embedder.dropout_prob,
     }
     if args.control != "none":
@@ -389,7 +391,7 @@ def draw_noise(args, model, mine, step, device):
 
 @torch.no_grad()
 def update_ema(ema, model, decay):
-    """Sets ema to decay ema + (1 - decay) model, for all parameters in one call."""
+    """ema <- decay ema + (1 - decay) model, in one call: this is faster than a loop."""
     torch._foreach_lerp_([*ema.parameters()], [*model.parameters()], 1 - decay)
 
 
@@ -434,7 +436,7 @@ def prepare(args, world):
     elif args.init:
         init, inherited = files.read_init(args.init, config)
         config |= inherited
-    # these flags win over --init; of a resumed run, read_run has checked that they are the same
+    # these flags win over what --init hands on; a resumed run cannot change them, see read_run
     if args.pos_base is not None:
         config["pos_base"] = args.pos_base
     if args.time_shift is not None:
@@ -474,8 +476,8 @@ def train(args):
     if checkpoint:
         step = checkpoint["step"]
         files.restore(checkpoint, objective, ema, optimizer)
-    del checkpoint, init  # they are mapped files, which this closes
-    files.require_same_step(step)
+    del checkpoint, init  # both are memory-mapped files, and this closes them
+    files.require_same_step(step)  # processes disagree if the nodes have no common disk
     if args.compile:
         files.compile_blocks(objective)
     if rank == 0:
@@ -499,13 +501,11 @@ def train(args):
     log = files.TrainingLog(args, step, rank, world, objective.flops(config))
     save = partial(files.save_run, args, config, cache, objective, ema, optimizer, __file__)
     batches = files.until_stopped(cache.loader(order, args.workers, device), log)
-    saved = True  # whether the newest checkpoint is up to date
+    saved = True  # there is no step yet that the newest checkpoint lacks
 
-    while step < args.steps:
-        # 1. data and noise
-        batch = next(batches, None)
-        if batch is None:  # a process got a signal, or its data failed
-            break
+    # the loop ends early after a signal or if the data fails; log.finish says so
+    for batch in islice(batches, max(args.steps - step, 0)):
+        # 1. data and noise: the arguments of Objective.forward
         batch |= draw_noise(args, model, mine, step, device)
         batch["x"] = cache.latents(batch.pop("moments"), batch.pop("vae_noise"))
         if args.control != "none":
@@ -518,7 +518,7 @@ def train(args):
             # >>> diversedit
             part["chosen"] = choose_blocks(args.seed, step, len(model.blocks), objective.num_chosen)
             # <<< diversedit
-            # DDP averages gradients only in the last micro-batch; a single process ignores this
+            # DDP averages the gradients once, in the last micro-batch; one process ignores this
             last = start + micro_batch == local_batch
             ddp_objective.require_backward_grad_sync = last
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -528,12 +528,12 @@ def train(args):
             step_losses = step_losses + values / accumulation
 
         # 3. optimiser step
-        warmup = min((step + 1) / max(args.warmup, 1), 1)
+        lr = args.lr * min((step + 1) / max(args.warmup, 1), 1)
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * warmup
+            group["lr"] = lr
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.clip or np.inf)
-        # fused AdamW skips the step where found_inf is 1, as GradScaler asks it to: unlike an `if`,
-        # this does not make the host wait for the GPU
+        # fused AdamW skips the step if found_inf is 1 (a flag that GradScaler sets, too); unlike an
+        # `if`, this does not make the CPU wait for the GPU
         optimizer.found_inf = (~grad_norm.isfinite()).float()
         optimizer.step()
         optimizer.zero_grad()
@@ -544,7 +544,7 @@ def train(args):
         log.add(losses.keys(), step_losses, grad_norm)
         log_now, save_now, preview_now = files.due(args, step)
         if log_now:
-            row = log.row(step, args.lr * warmup)
+            row = log.row(step, lr)
             # >>> diversedit
             if preview_now and rank == 0:
                 row |= report_cka(ema, cache, out / f"cka-{step:07d}.npz", device)
@@ -573,5 +573,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    files.catch_signals()
+    files.catch_signals()  # a signal ends the run after its step, with a checkpoint
     main()

@@ -3,7 +3,7 @@
     x_t = (1 - t) x + t eps,   t ~ U[0, 1)                  t = 0 is data, t = 1 is noise
     L      = L_fm + lambda L_repa
     L_fm   = |v(x_t, t, y) - (eps - x)|^2                   mean over batch, channels and pixels
-    L_repa = - mean cos(h(tokens of block d), z)            mean over encoders, batch and tokens
+    L_repa = - mean cos(h(tokens of block d), z)            mean over batch, tokens, encoders, d
 
     x    latent, drawn anew from the VAE's posterior        z       `targets`, of the clean image
     eps  noise                                              h       `projectors`, an MLP per encoder
@@ -23,7 +23,7 @@ Shapes in the right margin: N batch, C, H, W of the latents, T tokens, D width, 
 
 from copy import deepcopy
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -86,8 +86,8 @@ def parse_args(argv=None):
     add("--label-drop", type=number(float, 0, below=1), default=0.1,
         help="probability of replacing the label of an image by the null class, for guidance")
     add("--time-normal", type=number(float, -20, 20), nargs=2, metavar=("MEAN", "STD"),
-        help="mean and standard deviation of logit t in training, which is then normal (default: t"
-             " is uniform; SD-DiT: the two of ln sigma, default -1.2 1.2)")
+        help="train with logit t ~ N(MEAN, STD^2) (default: t is uniform); SD-DiT: ln sigma ~"
+             " N(MEAN, STD^2), by default -1.2 1.2")
     add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32",
         help="precision of the network (on CUDA, fp32 products use TF32); weights and optimiser are"
              " always fp32")
@@ -116,7 +116,7 @@ def parse_args(argv=None):
         help="a value above 1 shifts the training times towards noise, for a higher resolution"
              " (default: 1, or with --init the ratio of the sides)")
 
-    digits = {  # defaults that --digits replaces
+    digits = {  # --digits puts these in place of the defaults
         "data": "features/digits",
         "out": f"runs/{NAME}-digits",
         "model": "nano/2",
@@ -173,8 +173,9 @@ def projector(width, target_width, hidden):
 class Alignment(nn.Module):
     """Holds the projectors h and computes L_repa for the tokens of the blocks `depths`.
 
-    Every block has a projector of its own for every encoder. meta: meta.json of the cache, which
-    knows the width of each encoder. Raises UserError if the model has no such block.
+    Every block has a projector of its own for every encoder; those of the first block come first.
+    meta: meta.json of the cache, which knows the width of each encoder. Raises UserError if the
+    model has no such block.
     """
 
     def __init__(self, model, depths, meta):
@@ -192,13 +193,15 @@ class Alignment(nn.Module):
 
     def forward(self, block_tokens, targets):
         """Returns L_repa. block_tokens: [N, T, D] of each block; targets [N, T, sum of E]."""
-        encoders = len(self.target_widths)
+        projectors = iter(self.projectors)
         projected = []
-        for i, h in enumerate(self.projectors):
-            tokens = block_tokens[i // encoders]                     # [N, T, D]
-            projected.append(h(tokens))                              # [N, T, E]
-        z = targets.split(self.target_widths, dim=-1)
-        return repa_loss(projected, z * len(block_tokens))
+        z = []
+        for tokens in block_tokens:                                  # [N, T, D]
+            for encoder_tokens in targets.split(self.target_widths, dim=-1):
+                h = next(projectors)
+                projected.append(h(tokens))                          # [N, T, E]
+                z.append(encoder_tokens)                             # [N, T, E]
+        return repa_loss(projected, z)
 
     def flops(self, num_tokens):
         """Returns the FLOPs of the forward pass for one image with num_tokens tokens."""
@@ -211,24 +214,25 @@ class Objective(nn.Module):
 
     def __init__(self, model, args, meta):
         super().__init__()
-        size = args.model.split("/")[0]
         self.model = model
         self.time_normal = args.time_normal
         self.repa_weight = args.repa_weight
         self.alignment = None
         self.aligned_blocks = []
         if self.repa_weight > 0:
+            size = args.model.split("/")[0]
             default = {"nano": 2, "S": 4, "B": 4, "L": 8, "XL": 8}[size]
             self.aligned_blocks = args.repa_depth or [default]
             self.alignment = Alignment(model, self.aligned_blocks, meta)
 
-    def forward(self, x, y, t, eps, drop, targets=None, control=None):
+    def forward(self, x, y, uniform, eps, drop, targets=None, control=None):
         """Returns a dict of scalar tensors: `loss` is minimised, and all are logged.
 
-        x, eps [N, C, H, W]; y [N]; t [N], uniform in [0, 1); drop [N], true where the label is
+        x, eps [N, C, H, W]; y [N]; uniform [N], in [0, 1); drop [N], true where the label is
         dropped; targets [N, T, sum of E]; control [N, 7], see dit.ControlEmbedder.
         """
-        t = dit.training_time(t, self.time_normal, self.model.time_shift)  # by default, t itself
+        # by default, the times are the uniform numbers themselves
+        t = dit.training_time(uniform, self.time_normal, self.model.time_shift)
         t_image = t.view(-1, 1, 1, 1)
         x_t = (1 - t_image) * x + t_image * eps                      # [N, C, H, W]
         v, block_tokens = self.model(
@@ -242,12 +246,14 @@ class Objective(nn.Module):
         return {"loss": loss, "loss_fm": loss_fm, "loss_repa": loss_repa}
 
     def flops(self, config):
-        """Returns the FLOPs of a training step per image: three times those of a forward pass."""
+        """Returns the FLOPs of a training step per image. Backward costs two times forward."""
         forward = dit.forward_flops(config)
         if self.alignment is not None:
             forward += self.alignment.flops(self.model.grid**2)
         return 3 * forward
 
+
+# ---- a monitor: how well the tokens of each block agree with the targets
 
 NEIGHBOURS = 10
 
@@ -255,8 +261,8 @@ NEIGHBOURS = 10
 def cknna(f, g, k=NEIGHBOURS):
     """Measures how well features f [n, D] and g [n, E] of n images agree (arXiv 2405.07987).
 
-    The kernels hold cosines, centered by row, and are 0 unless j is among the k nearest neighbours
-    of i. Returns their normalised inner product: a float, 1 if they agree.
+    Entry (i, j) of a kernel is the cosine of images i and j, minus the mean of row i, but 0 if j is
+    not among the k nearest neighbours of i. Returns the cosine of the kernels: 1 if they agree.
     """
 
     def local_kernel(features):
@@ -282,19 +288,20 @@ def mean_tokens(model, cache, batch, t):
     times = torch.full((len(x),), t).to(x)
     blocks = range(1, len(model.blocks) + 1)
     means = []
-    for rows in torch.arange(len(x), device=x.device).split(32):  # bounds the memory
+    for start in range(0, len(x), 32):  # in parts, because the tokens of all blocks take memory
+        rows = slice(start, start + 32)
         y = batch["y"][rows]
         control = batch["control"][rows] if "control" in batch else None
-        _, tokens = model(x_t[rows], times[rows], y, control=control, return_blocks=blocks)
-        means.append(torch.stack([block.mean(1) for block in tokens]))  # [L, rows, D]
+        _, block_tokens = model(x_t[rows], times[rows], y, control=control, return_blocks=blocks)
+        means.append(torch.stack([tokens.mean(1) for tokens in block_tokens]))  # [L, rows, D]
     return torch.cat(means, dim=1)
 
 
 def report_cknna(model, cache, device):
     """Returns {"cknna": {t: [value by block]}} of mean tokens and mean targets of 256 fixed images.
 
-    The dict is empty without targets, for too few images, or for int8 targets, which have lost the
-    norms of the tokens.
+    The dict is empty if the cache has no targets or at most 10 images. It is also empty for int8
+    targets, which have lost the norms of the tokens: a mean over tokens needs them.
     """
     float_targets = "targets" in cache.names and cache.meta["target_dtype"] == "float16"
     if not float_targets or len(cache.labels) <= NEIGHBOURS:
@@ -312,8 +319,8 @@ def report_cknna(model, cache, device):
 def step_generator(seed, step, device):
     """Returns the generator that one step draws all its random numbers from.
 
-    PyTorch's generator for CPUs keeps 32 bits of a seed, so a few of 400,000 steps may repeat
-    another's noise. For training this is harmless; sample.py uses NumPy's generators instead.
+    A CPU generator keeps 32 bits of its seed, so a few of 400,000 steps may share their noise. That
+    does no harm.
     """
     stream = files.random_stream("step", seed, step)
     return torch.Generator(device).manual_seed(int(stream.integers(2**63)))
@@ -323,30 +330,30 @@ def data_order(dataset_size, views, global_batch, mine, seed, start):
     """Yields for each step, from `start` on, the indices of the images that this process trains on.
 
     mine: the slice of the global batch that is this process's. An epoch is a permutation of the
-    images, each in one of its views: view v of image i has the index i * views + v. The incomplete
+    images, each in one of its views: view v of image n has the index n * views + v. The incomplete
     batch at the end of an epoch is dropped.
     """
     steps_per_epoch = dataset_size // global_batch
     for step in count(start):
-        epoch, i = divmod(step, steps_per_epoch)
-        if i == 0 or step == start:  # a new epoch, or a resumed run
+        epoch, k = divmod(step, steps_per_epoch)
+        if k == 0 or step == start:  # a new epoch, or a resumed run
             rng = files.random_stream("epoch", seed, epoch)
-            image = rng.permutation(dataset_size)
-            view = rng.integers(views, size=dataset_size)
-            epoch_order = image * views + view
-        batch = epoch_order[i * global_batch : (i + 1) * global_batch]
+            image_order = rng.permutation(dataset_size)
+            chosen_views = rng.integers(views, size=dataset_size)
+            epoch_order = image_order * views + chosen_views
+        batch = epoch_order[k * global_batch : (k + 1) * global_batch]
         yield batch[mine]
 
 
 def draw_noise(args, model, mine, step, device):
-    """Draws the noise of the global batch of one step, and returns this process's rows of it.
+    """Draws all random numbers of one step for the global batch, and returns this process's rows.
 
-    It depends on (seed, step) alone, so a resumed run continues exactly, with any number of
+    So they depend on (seed, step) alone, and a resumed run continues exactly, with any number of
     processes. A method draws its own noise last, so that all methods share the rest.
     """
     generator = step_generator(args.seed, step, device)
     side = model.grid * model.patch_size
-    latents = (args.batch_size, model.in_channels, side, side)
+    latent_shape = (args.batch_size, model.in_channels, side, side)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator, device=device)
@@ -355,9 +362,9 @@ def draw_noise(args, model, mine, step, device):
         return torch.rand(*shape, generator=generator, device=device)
 
     noise = {
-        "vae_noise": normal(*latents),
-        "t": uniform(args.batch_size),
-        "eps": normal(*latents),
+        "vae_noise": normal(*latent_shape),
+        "uniform": uniform(args.batch_size),  # of which the method makes its times
+        "eps": normal(*latent_shape),
         "drop": uniform(args.batch_size) < model.y_embedder.dropout_prob,
     }
     if args.control != "none":
@@ -367,7 +374,7 @@ def draw_noise(args, model, mine, step, device):
 
 @torch.no_grad()
 def update_ema(ema, model, decay):
-    """Sets ema to decay ema + (1 - decay) model, for all parameters in one call."""
+    """ema <- decay ema + (1 - decay) model, in one call: this is faster than a loop."""
     torch._foreach_lerp_([*ema.parameters()], [*model.parameters()], 1 - decay)
 
 
@@ -412,7 +419,7 @@ def prepare(args, world):
     elif args.init:
         init, inherited = files.read_init(args.init, config)
         config |= inherited
-    # these flags win over --init; of a resumed run, read_run has checked that they are the same
+    # these flags win over what --init hands on; a resumed run cannot change them, see read_run
     if args.pos_base is not None:
         config["pos_base"] = args.pos_base
     if args.time_shift is not None:
@@ -452,8 +459,8 @@ def train(args):
     if checkpoint:
         step = checkpoint["step"]
         files.restore(checkpoint, objective, ema, optimizer)
-    del checkpoint, init  # they are mapped files, which this closes
-    files.require_same_step(step)
+    del checkpoint, init  # both are memory-mapped files, and this closes them
+    files.require_same_step(step)  # processes disagree if the nodes have no common disk
     if args.compile:
         files.compile_blocks(objective)
     if rank == 0:
@@ -477,13 +484,11 @@ def train(args):
     log = files.TrainingLog(args, step, rank, world, objective.flops(config))
     save = partial(files.save_run, args, config, cache, objective, ema, optimizer, __file__)
     batches = files.until_stopped(cache.loader(order, args.workers, device), log)
-    saved = True  # whether the newest checkpoint is up to date
+    saved = True  # there is no step yet that the newest checkpoint lacks
 
-    while step < args.steps:
-        # 1. data and noise
-        batch = next(batches, None)
-        if batch is None:  # a process got a signal, or its data failed
-            break
+    # the loop ends early after a signal or if the data fails; log.finish says so
+    for batch in islice(batches, max(args.steps - step, 0)):
+        # 1. data and noise: the arguments of Objective.forward
         batch |= draw_noise(args, model, mine, step, device)
         batch["x"] = cache.latents(batch.pop("moments"), batch.pop("vae_noise"))
         if args.control != "none":
@@ -493,7 +498,7 @@ def train(args):
         step_losses = 0
         for start in range(0, local_batch, micro_batch):
             part = {name: value[start : start + micro_batch] for name, value in batch.items()}
-            # DDP averages gradients only in the last micro-batch; a single process ignores this
+            # DDP averages the gradients once, in the last micro-batch; one process ignores this
             last = start + micro_batch == local_batch
             ddp_objective.require_backward_grad_sync = last
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -503,12 +508,12 @@ def train(args):
             step_losses = step_losses + values / accumulation
 
         # 3. optimiser step
-        warmup = min((step + 1) / max(args.warmup, 1), 1)
+        lr = args.lr * min((step + 1) / max(args.warmup, 1), 1)
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * warmup
+            group["lr"] = lr
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.clip or np.inf)
-        # fused AdamW skips the step where found_inf is 1, as GradScaler asks it to: unlike an `if`,
-        # this does not make the host wait for the GPU
+        # fused AdamW skips the step if found_inf is 1 (a flag that GradScaler sets, too); unlike an
+        # `if`, this does not make the CPU wait for the GPU
         optimizer.found_inf = (~grad_norm.isfinite()).float()
         optimizer.step()
         optimizer.zero_grad()
@@ -519,7 +524,7 @@ def train(args):
         log.add(losses.keys(), step_losses, grad_norm)
         log_now, save_now, preview_now = files.due(args, step)
         if log_now:
-            row = log.row(step, args.lr * warmup)
+            row = log.row(step, lr)
             # >>> repa
             if preview_now and rank == 0:
                 row |= report_cknna(ema, cache, device)
@@ -548,5 +553,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    files.catch_signals()
+    files.catch_signals()  # a signal ends the run after its step, with a checkpoint
     main()

@@ -16,8 +16,9 @@
     y    label, sometimes dropped (--label-drop)        tau_t  0.09 -> 0.099 in five epochs
     F_theta  `model`, an SDDiT from dit.py, which scales its input with EDM's c_in and c_noise
     s    0.5, EDM's sigma_data                          weight --sd-weight (0: no teacher)
-    L_G is EDM's loss: lambda(sigma) |D - x|^2 = lambda c_out^2 |F_theta - F*|^2, and its weight
-    makes lambda c_out^2 = 1. The student's prototypes are frozen in the first epoch.
+    L_G is EDM's loss lambda |D - x|^2. With D = c_skip x_S + c_out F_theta, it is lambda c_out^2
+    |F_theta - F*|^2, and EDM chooses lambda = 1 / c_out^2. The student's prototypes are frozen in
+    the first epoch.
 
 Commands
     python train_sddit.py --digits                          minutes on a laptop
@@ -37,7 +38,7 @@ B bottleneck, M tokens.
 
 from copy import deepcopy
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -105,8 +106,8 @@ def parse_args(argv=None):
     add("--label-drop", type=number(float, 0, below=1), default=0.1,
         help="probability of replacing the label of an image by the null class, for guidance")
     add("--time-normal", type=number(float, -20, 20), nargs=2, metavar=("MEAN", "STD"),
-        help="mean and standard deviation of logit t in training, which is then normal (default: t"
-             " is uniform; SD-DiT: the two of ln sigma, default -1.2 1.2)")
+        help="train with logit t ~ N(MEAN, STD^2) (default: t is uniform); SD-DiT: ln sigma ~"
+             " N(MEAN, STD^2), by default -1.2 1.2")
     add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32",
         help="precision of the network (on CUDA, fp32 products use TF32); weights and optimiser are"
              " always fp32")
@@ -135,7 +136,7 @@ def parse_args(argv=None):
         help="a value above 1 shifts the training times towards noise, for a higher resolution"
              " (default: 1, or with --init the ratio of the sides)")
 
-    digits = {  # defaults that --digits replaces
+    digits = {  # --digits puts these in place of the defaults
         "data": "features/digits",
         "out": f"runs/{NAME}-digits",
         "model": "nano/2",
@@ -186,25 +187,25 @@ def teacher_noise(text):
     return text if text == "student" else number(float, above=0, high=1e4)(text)
 
 
-def sigma_from_uniform(t, mean=-1.2, std=1.2):
-    """Turns the shared loop's uniform t in [0, 1) into sigma with ln sigma ~ N(mean, std^2)."""
-    return dit.normal_from_uniform(t, mean, std).exp()
+def sigma_from_uniform(uniform, mean=-1.2, std=1.2):
+    """Turns uniform numbers in [0, 1) into noise levels sigma with ln sigma ~ N(mean, std^2)."""
+    return dit.normal_from_uniform(uniform, mean, std).exp()
 
 
 def generative_loss(output, x, eps, sigma, sigma_data=0.5):
-    """L_G = mean (F_theta - F*)^2 over all patches (EDM, arXiv 2206.00364)."""
+    """L_G = mean (F_theta - F*)^2 over all patches (EDM, arXiv 2206.00364); the log's loss_edm."""
     sigma = sigma.view(-1, 1, 1, 1)
     target = (sigma / sigma_data * x - sigma_data * eps) / (sigma**2 + sigma_data**2).sqrt()
     return F.mse_loss(output.float(), target)
 
 
-def discriminative_loss(student, teacher, center, tau_s, tau_t):
+def discriminative_loss(a_student, a_teacher, center, tau_s, tau_t):
     """Returns - sum_k P_T log P_S of each token [M], and P_T [M, K].
 
-    student, teacher: a_S and a_T [M, K]; center: c [K].
+    a_student, a_teacher: cosines with the prototypes [M, K]; center: c [K].
     """
-    p_teacher = ((teacher - center) / tau_t).softmax(-1).detach()
-    logits = student / tau_s
+    p_teacher = ((a_teacher - center) / tau_t).softmax(-1).detach()
+    logits = a_student / tau_s
     # log P_S = logits - logsumexp(logits), and P_T sums to 1
     return logits.logsumexp(-1) - (p_teacher * logits).sum(-1), p_teacher
 
@@ -246,7 +247,7 @@ class Head(nn.Module):
         tokens = F.layer_norm(tokens.float(), tokens.shape[-1:], eps=1e-6)
         return F.normalize(self.mlp(tokens), dim=-1, eps=1e-6)       # [..., B]
 
-    def logits(self, features):                                      # [M, B]
+    def cosines(self, features):                                     # [M, B]
         return features @ F.normalize(self.prototypes, dim=-1, eps=1e-6).T  # [M, K]
 
 
@@ -255,11 +256,11 @@ class Objective(nn.Module):
 
     def __init__(self, model, args, meta):
         super().__init__()
-        # the small number makes up for products such as 0.8 * 5 = 3.9999...
-        self.num_visible = int(model.grid**2 * (1 - args.mask_ratio) + 1e-6)
+        patches = model.grid**2
+        # the small number makes up for rounding: 100 * (1 - 0.9) = 9.999999999999998
+        self.num_visible = int(patches * (1 - args.mask_ratio) + 1e-6)
         if self.num_visible < 1:
-            found = f"keeps none of {model.grid**2} patches"
-            raise UserError(f"--mask-ratio {args.mask_ratio}: {found}")
+            raise UserError(f"--mask-ratio {args.mask_ratio}: keeps none of {patches} patches")
         self.model = model
         self.time_normal = args.time_normal
         self.weight = args.sd_weight
@@ -269,7 +270,7 @@ class Objective(nn.Module):
         self.momenta = args.teacher_momentum
         self.epoch_steps = meta["images"] // args.batch_size
         if self.weight == 0:
-            return
+            return  # without a head and a teacher
 
         sizes = {}
         if args.model.startswith("nano/"):
@@ -282,27 +283,27 @@ class Objective(nn.Module):
         for name in ("cls_embedder", *decoder):
             delattr(self.teacher, name)  # the teacher only encodes, and this saves memory
         self.teacher_head = deepcopy(self.head).requires_grad_(False)
-        # a buffer, so that a resumed run keeps the schedule of its first start
+        # the steps over which m rises: a buffer, so that a resumed run keeps its first number
         self.register_buffer("schedule_steps", torch.tensor(float(args.steps)))
-        self.schedule = None
+        self.schedule = None  # the same number on the CPU, see after_step
         self.register_buffer("centers", torch.zeros(2, len(self.head.prototypes)))  # CLS, patches
-        self.register_buffer("logit_sum", torch.zeros_like(self.centers), persistent=False)
+        self.register_buffer("cosine_sum", torch.zeros_like(self.centers), persistent=False)
 
     def choose_visible(self, mask_noise):
         """Uniform noise [N, T] -> indices of a random subset of each image's patches: [N, V]."""
         return mask_noise.argsort(dim=1)[:, : self.num_visible]
 
-    def forward(self, x, y, t, eps, drop, mask_noise, teacher_t, step, control=None):
+    def forward(self, x, y, uniform, eps, drop, mask_noise, teacher_uniform, step, control=None):
         """Returns a dict of scalar tensors: `loss` is minimised, and all are logged.
 
-        x, eps [N, C, H, W]; y [N]; t, teacher_t [N], uniform in [0, 1); drop [N], true where the
-        label is dropped; mask_noise [N, T]; control [N, 7], see dit.ControlEmbedder.
+        x, eps [N, C, H, W]; y [N]; uniform, teacher_uniform [N], in [0, 1); drop [N], true where
+        the label is dropped; mask_noise [N, T]; control [N, 7], see dit.ControlEmbedder.
         """
         shift = self.model.time_shift  # 1 without --time-shift
-        sigma = shift * sigma_from_uniform(t, *self.time_normal)     # [N,]
+        sigma = shift * sigma_from_uniform(uniform, *self.time_normal)  # [N,]
         x_student = x + sigma.view(-1, 1, 1, 1) * eps
         visible = self.choose_visible(mask_noise)                    # [N, V]
-        output, tokens = self.model(
+        output, student_tokens = self.model(
             x_student, sigma, y, drop=drop, control=control, visible=visible, return_tokens=True
         )
         loss_edm = generative_loss(output, x, eps, sigma)
@@ -310,30 +311,32 @@ class Objective(nn.Module):
             return {"loss": loss_edm, "loss_edm": loss_edm}
 
         if self.teacher_noise == "student":
-            # paper: drawn from the student's distribution / here: a second draw, and the same eps
-            sigma_teacher = shift * sigma_from_uniform(teacher_t, *self.time_normal)
+            # paper: drawn from the student's distribution / here: sigma is drawn anew, eps is not
+            sigma_teacher = shift * sigma_from_uniform(teacher_uniform, *self.time_normal)
         else:
-            sigma_teacher = torch.full_like(t, shift * self.teacher_noise)
+            sigma_teacher = torch.full_like(uniform, shift * self.teacher_noise)
         x_teacher = x + sigma_teacher.view(-1, 1, 1, 1) * eps
         with torch.no_grad():
-            encoded, _, _ = self.teacher.encode(x_teacher, sigma_teacher, y, drop, control=control)
+            teacher_tokens, _, _ = self.teacher.encode(
+                x_teacher, sigma_teacher, y, drop, control=control
+            )
         with torch.autocast(x.device.type, enabled=False):  # the authors report NaN in fp16
-            losses = self.compare(tokens, encoded, visible, step)
+            losses = self.compare(student_tokens, teacher_tokens, visible, step)
         loss = loss_edm + self.weight * (losses["loss_cls"] + losses["loss_patch"])
         return {"loss": loss, "loss_edm": loss_edm, **losses}
 
-    def compare(self, tokens, encoded, visible, step):
+    def compare(self, student_tokens, teacher_tokens, visible, step):
         """Returns L_cls, L_patch and the monitors of collapse.
 
-        tokens [N, 1 + V, D]: CLS and visible patches of the student; encoded [N, 1 + T, D]: CLS and
-        all patches of the teacher.
+        student_tokens [N, 1 + V, D]: CLS and visible patches; teacher_tokens [N, 1 + T, D]: CLS and
+        all patches. From here on, `student` and `teacher` are features of the head.
         """
         with torch.no_grad():
-            teacher = self.teacher_head(encoded)                     # [N, 1 + T, B]
-            # logits are linear in the features: the mean logit is the logit of the mean feature
+            teacher = self.teacher_head(teacher_tokens)              # [N, 1 + T, B]
+            # cosines are linear in the features, so the mean cosine is that of the mean feature
             mean = torch.stack([teacher[:, 0].mean(0), teacher[:, 1:].mean((0, 1))])
-            self.logit_sum += self.teacher_head.logits(mean)
-        student = self.head(tokens)                                  # [N, 1 + V, B]
+            self.cosine_sum += self.teacher_head.cosines(mean)
+        student = self.head(student_tokens)                          # [N, 1 + V, B]
         index = visible.unsqueeze(2).expand(-1, -1, student.shape[2])
         student_patches = student[:, 1:].flatten(0, 1)               # [M, B]
         teacher_patches = teacher[:, 1:].gather(1, index).flatten(0, 1)  # the same patches
@@ -359,32 +362,26 @@ class Objective(nn.Module):
         """Returns the mean discriminative_loss of M tokens, and monitors of collapse.
 
         student, teacher: head features [M, B]. Tokens go through in chunks, which the backward pass
-        computes again, so that only chunk x K logits exist at once. The monitors:
+        computes again, so that only chunk x K cosines exist at once. The monitors:
         - teacher_entropy of the assignments: ln K is uniform collapse
         - batch_entropy of the mean assignment: 0 means that all tokens share one prototype
         - kl of teacher and student: 0 with either collapse
         """
 
-        def part(student, teacher):
-            loss, p_teacher = discriminative_loss(
-                self.head.logits(student),
-                self.teacher_head.logits(teacher),
-                center,
-                self.tau_s,
-                tau_t,
-            )
+        def sums(student, teacher):
+            a_student = self.head.cosines(student)                   # [chunk, K]
+            a_teacher = self.teacher_head.cosines(teacher)
+            loss, p_teacher = discriminative_loss(a_student, a_teacher, center, self.tau_s, tau_t)
             entropy = torch.special.entr(p_teacher).sum(-1)
             used = torch.zeros_like(center).index_fill(0, p_teacher.argmax(-1), 1.0)
-            return torch.stack([loss.sum(), entropy.sum()]), torch.stack([p_teacher.sum(0), used])
+            return loss.sum(), entropy.sum(), p_teacher.sum(0), used
 
-        scalars = []
-        vectors = []
+        chunks = []
         for pair in zip(student.split(chunk), teacher.split(chunk), strict=True):
-            sums = recompute(part, *pair, use_reentrant=False, preserve_rng_state=False)
-            scalars.append(sums[0])
-            vectors.append(sums[1])
-        loss, entropy = torch.stack(scalars).sum(0) / len(student)
-        p_sum, used = torch.stack(vectors).sum(0)
+            chunks.append(recompute(sums, *pair, use_reentrant=False, preserve_rng_state=False))
+        loss, entropy, p_sum, used = (sum(values) for values in zip(*chunks, strict=True))
+        loss = loss / len(student)
+        entropy = entropy / len(student)
         monitors = {
             "teacher_entropy": entropy.detach(),
             "batch_entropy": torch.special.entr(p_sum / len(student)).sum(),
@@ -396,13 +393,13 @@ class Objective(nn.Module):
     @torch.no_grad()
     def after_step(self, step, accumulation):
         """Updates the centers and the teacher after optimiser step `step`, counted from 0."""
-        mean = self.logit_sum / accumulation
+        mean = self.cosine_sum / accumulation
         if dist.is_initialized():
             dist.all_reduce(mean)
             mean /= dist.get_world_size()
-        mean = torch.where(mean.isfinite(), mean, self.centers)  # if the step was not finite
+        mean = torch.where(mean.isfinite(), mean, self.centers)  # the old one if it is not finite
         self.centers.lerp_(mean, 0.1)
-        self.logit_sum.zero_()
+        self.cosine_sum.zero_()
 
         if self.schedule is None:  # read once: reading a buffer makes the host wait for the GPU
             self.schedule = self.schedule_steps.item()
@@ -428,10 +425,10 @@ class Objective(nn.Module):
         if self.weight == 0:
             return 3 * student
         mlp = 2 * sum(p.numel() for p in self.head.mlp.parameters() if p.ndim == 2)
-        logits = 2 * self.head.prototypes.numel() * (1 + self.num_visible)
-        student += mlp * (1 + self.num_visible) + logits
+        cosines = 2 * self.head.prototypes.numel() * (1 + self.num_visible)
+        student += mlp * (1 + self.num_visible) + cosines
         teacher = dit.forward_flops(config, "encode")
-        teacher += mlp * (1 + self.model.grid**2) + logits
+        teacher += mlp * (1 + self.model.grid**2) + cosines
         return 3 * student + teacher
 # <<< sddit
 
@@ -439,8 +436,8 @@ class Objective(nn.Module):
 def step_generator(seed, step, device):
     """Returns the generator that one step draws all its random numbers from.
 
-    PyTorch's generator for CPUs keeps 32 bits of a seed, so a few of 400,000 steps may repeat
-    another's noise. For training this is harmless; sample.py uses NumPy's generators instead.
+    A CPU generator keeps 32 bits of its seed, so a few of 400,000 steps may share their noise. That
+    does no harm.
     """
     stream = files.random_stream("step", seed, step)
     return torch.Generator(device).manual_seed(int(stream.integers(2**63)))
@@ -450,30 +447,30 @@ def data_order(dataset_size, views, global_batch, mine, seed, start):
     """Yields for each step, from `start` on, the indices of the images that this process trains on.
 
     mine: the slice of the global batch that is this process's. An epoch is a permutation of the
-    images, each in one of its views: view v of image i has the index i * views + v. The incomplete
+    images, each in one of its views: view v of image n has the index n * views + v. The incomplete
     batch at the end of an epoch is dropped.
     """
     steps_per_epoch = dataset_size // global_batch
     for step in count(start):
-        epoch, i = divmod(step, steps_per_epoch)
-        if i == 0 or step == start:  # a new epoch, or a resumed run
+        epoch, k = divmod(step, steps_per_epoch)
+        if k == 0 or step == start:  # a new epoch, or a resumed run
             rng = files.random_stream("epoch", seed, epoch)
-            image = rng.permutation(dataset_size)
-            view = rng.integers(views, size=dataset_size)
-            epoch_order = image * views + view
-        batch = epoch_order[i * global_batch : (i + 1) * global_batch]
+            image_order = rng.permutation(dataset_size)
+            chosen_views = rng.integers(views, size=dataset_size)
+            epoch_order = image_order * views + chosen_views
+        batch = epoch_order[k * global_batch : (k + 1) * global_batch]
         yield batch[mine]
 
 
 def draw_noise(args, model, mine, step, device):
-    """Draws the noise of the global batch of one step, and returns this process's rows of it.
+    """Draws all random numbers of one step for the global batch, and returns this process's rows.
 
-    It depends on (seed, step) alone, so a resumed run continues exactly, with any number of
+    So they depend on (seed, step) alone, and a resumed run continues exactly, with any number of
     processes. A method draws its own noise last, so that all methods share the rest.
     """
     generator = step_generator(args.seed, step, device)
     side = model.grid * model.patch_size
-    latents = (args.batch_size, model.in_channels, side, side)
+    latent_shape = (args.batch_size, model.in_channels, side, side)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator, device=device)
@@ -482,23 +479,23 @@ def draw_noise(args, model, mine, step, device):
         return torch.rand(*shape, generator=generator, device=device)
 
     noise = {
-        "vae_noise": normal(*latents),
-        "t": uniform(args.batch_size),
-        "eps": normal(*latents),
+        "vae_noise": normal(*latent_shape),
+        "uniform": uniform(args.batch_size),  # of which the method makes its times
+        "eps": normal(*latent_shape),
         "drop": uniform(args.batch_size) < model.y_embedder.dropout_prob,
     }
     if args.control != "none":
         noise["keep_control"] = uniform(args.batch_size, 1) >= args.control_drop
     # >>> sddit
     noise["mask_noise"] = uniform(args.batch_size, model.grid**2)
-    noise["teacher_t"] = uniform(args.batch_size)
+    noise["teacher_uniform"] = uniform(args.batch_size)
     # <<< sddit
     return {name: value[mine] for name, value in noise.items()}
 
 
 @torch.no_grad()
 def update_ema(ema, model, decay):
-    """Sets ema to decay ema + (1 - decay) model, for all parameters in one call."""
+    """ema <- decay ema + (1 - decay) model, in one call: this is faster than a loop."""
     torch._foreach_lerp_([*ema.parameters()], [*model.parameters()], 1 - decay)
 
 
@@ -545,7 +542,7 @@ def prepare(args, world):
     elif args.init:
         init, inherited = files.read_init(args.init, config)
         config |= inherited
-    # these flags win over --init; of a resumed run, read_run has checked that they are the same
+    # these flags win over what --init hands on; a resumed run cannot change them, see read_run
     if args.pos_base is not None:
         config["pos_base"] = args.pos_base
     if args.time_shift is not None:
@@ -585,8 +582,8 @@ def train(args):
     if checkpoint:
         step = checkpoint["step"]
         files.restore(checkpoint, objective, ema, optimizer)
-    del checkpoint, init  # they are mapped files, which this closes
-    files.require_same_step(step)
+    del checkpoint, init  # both are memory-mapped files, and this closes them
+    files.require_same_step(step)  # processes disagree if the nodes have no common disk
     if args.compile:
         files.compile_blocks(objective)
     if rank == 0:
@@ -610,13 +607,11 @@ def train(args):
     log = files.TrainingLog(args, step, rank, world, objective.flops(config))
     save = partial(files.save_run, args, config, cache, objective, ema, optimizer, __file__)
     batches = files.until_stopped(cache.loader(order, args.workers, device), log)
-    saved = True  # whether the newest checkpoint is up to date
+    saved = True  # there is no step yet that the newest checkpoint lacks
 
-    while step < args.steps:
-        # 1. data and noise
-        batch = next(batches, None)
-        if batch is None:  # a process got a signal, or its data failed
-            break
+    # the loop ends early after a signal or if the data fails; log.finish says so
+    for batch in islice(batches, max(args.steps - step, 0)):
+        # 1. data and noise: the arguments of Objective.forward
         batch |= draw_noise(args, model, mine, step, device)
         batch["x"] = cache.latents(batch.pop("moments"), batch.pop("vae_noise"))
         if args.control != "none":
@@ -629,7 +624,7 @@ def train(args):
             # >>> sddit
             part["step"] = step
             # <<< sddit
-            # DDP averages gradients only in the last micro-batch; a single process ignores this
+            # DDP averages the gradients once, in the last micro-batch; one process ignores this
             last = start + micro_batch == local_batch
             ddp_objective.require_backward_grad_sync = last
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -639,16 +634,17 @@ def train(args):
             step_losses = step_losses + values / accumulation
 
         # 3. optimiser step
-        warmup = min((step + 1) / max(args.warmup, 1), 1)
+        lr = args.lr * min((step + 1) / max(args.warmup, 1), 1)
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * warmup
+            group["lr"] = lr
         # >>> sddit
+        # as in DINO and iBOT: AdamW leaves a parameter without a gradient as it is
         if args.sd_weight and step < objective.epoch_steps:
-            objective.head.prototypes.grad = None  # frozen in the first epoch, as in DINO and iBOT
+            objective.head.prototypes.grad = None
         # <<< sddit
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.clip or np.inf)
-        # fused AdamW skips the step where found_inf is 1, as GradScaler asks it to: unlike an `if`,
-        # this does not make the host wait for the GPU
+        # fused AdamW skips the step if found_inf is 1 (a flag that GradScaler sets, too); unlike an
+        # `if`, this does not make the CPU wait for the GPU
         optimizer.found_inf = (~grad_norm.isfinite()).float()
         optimizer.step()
         optimizer.zero_grad()
@@ -663,7 +659,7 @@ def train(args):
         log.add(losses.keys(), step_losses, grad_norm)
         log_now, save_now, preview_now = files.due(args, step)
         if log_now:
-            row = log.row(step, args.lr * warmup)
+            row = log.row(step, lr)
             # >>> sddit
             objective.warn(row)
             # <<< sddit
@@ -691,5 +687,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    files.catch_signals()
+    files.catch_signals()  # a signal ends the run after its step, with a checkpoint
     main()

@@ -21,6 +21,8 @@ import dit  # noqa: E402
 import extract_features  # noqa: E402
 import train_repa  # noqa: E402
 
+METHODS = ("repa", "diversedit", "sddit", "meanflow", "dit")
+SCRIPTS = {name: importlib.import_module(f"train_{name}") for name in METHODS}
 SMALL = "--model nano/2 --steps 6 --batch-size 16 --lr 1e-3 --ema 0.9 --workers 0".split()
 SMALL += "--log-every 1 --save-every 3 --sample-every 0".split()
 EXTRACT = "--image-size 8 --patch 2 --vae none --encoder hog --batch-size 16 --workers 0".split()
@@ -120,7 +122,7 @@ def run(*command, processes=1, check=True, first=None, **environment):
 def processes():
     """A multiprocessing context whose processes have the training scripts imported already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["conftest", "train_diversedit", "train_sddit", "torch._dynamo"])
+    context.set_forkserver_preload(["conftest", "torch._dynamo"])
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (ENVIRONMENT | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}).items():
             patch.setenv(name, value)

@@ -12,6 +12,7 @@ A flip changes 1 to 4 neighbouring bytes of one file. A child process then runs 
 
 import contextlib
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -39,13 +40,9 @@ import dit  # noqa: E402
 import extract_features  # noqa: E402
 import fid  # noqa: E402
 import sample  # noqa: E402
-import train_diversedit  # noqa: E402
-import train_repa  # noqa: E402
-import train_sddit  # noqa: E402
 
 LIMIT = 20  # seconds a reader may take
 MAINS = {"extract": extract_features.main, "sample": sample.main, "fid": fid.main}
-MAINS |= {"repa": train_repa.main, "diversedit": train_diversedit.main, "sddit": train_sddit.main}
 EXTRACT = "--data src.npz --out new --image-size 8 --patch 2 --vae none --encoder hog --workers 0"
 EXTRACT += " --batch-size 4"
 TRAIN = "--data cache --out new --model nano/2 --steps 2 --batch-size 4 --lr 1e-3 --ema 0.9 --log-every 1"
@@ -53,7 +50,10 @@ TRAIN += " --save-every 2 --sample-every 0 --workers 0"
 SAMPLE = "--num 4 --steps 1 --out new.npz"
 FID = "--features pixels --device cpu"
 COMMANDS = {"extract": EXTRACT, "sample": SAMPLE, "fid": FID}
-COMMANDS |= {"repa": TRAIN, "diversedit": TRAIN, "sddit": TRAIN}
+RUNS = {"repa": "run", "diversedit": "rundiv", "sddit": "runsd", "meanflow": "runmean"}  # of each method
+for name in RUNS:
+    MAINS[name] = importlib.import_module(f"train_{name}").main
+    COMMANDS[name] = TRAIN
 
 
 def call(command):
@@ -93,7 +93,7 @@ def make_files(home):
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             call("extract --out cache --flip")
             call("extract --out plain --encoder none")
-            for name, out in (("repa", "run"), ("diversedit", "rundiv"), ("sddit", "runsd")):
+            for name, out in RUNS.items():
                 call(f"{name} --out {out}")
         torch.manual_seed(0)
         options = dict(input_size=8, patch_size=2, num_classes=3, hidden_size=32, depth=2, num_heads=2)
@@ -258,8 +258,9 @@ def fuzz(flips, seed=0, scratch=None):
     try:
         whole.mkdir()
         make_files(whole)
-        shutil.rmtree(whole / "runsd")
-        shutil.rmtree(whole / "rundiv")
+        for out in RUNS.values():
+            if out != "run":
+                shutil.rmtree(whole / out)
         os.chdir(whole)
         start_sampling()
         os.rename("new.npz.partial", "partial")

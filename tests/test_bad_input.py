@@ -246,6 +246,9 @@ FLAGS = {  # refused beside the flag, for what it is
     "sddit": f"""--mask-ratio 1.5|--mask-ratio 1|--mask-ratio nan|--sd-weight -1|--teacher-noise 0
         |--teacher-noise teacher|--teacher-noise nan|--prototypes 1|--prototypes {10**15}|--tau-s 0
         |--tau-t 0.1 inf|--teacher-momentum 2 0""",
+    "meanflow": """--omega 0|--omega nan|--kappa 1|--kappa -0.1|--kappa inf|--guide-interval 0.5 0.5
+        |--guide-interval 0.8 0.2|--guide-interval 0 1.5|--flow-ratio 1.5|--flow-ratio -1|--power -1
+        |--tangent noise|--label-drop 0""",
     "sample": f"""--num 0|--num -3|--num {2**40}|--steps 0|--steps {10**7}|--cfg 0.5|--cfg nan|--cfg inf
         |--control-cfg -1|--control-cfg inf|--seed -1|--seed 1.5|--batch-size 0|--batch-size -4
         |--precision fp16|--weights best
@@ -359,10 +362,12 @@ DATA = {
 OTHER_RUN = {  # a flag of each kind with which no run is resumed
     "repa --out run": """--seed 1|--batch-size 6|--warmup 9|--beta2 0.9|--ema 0|--model S/2|--qk-norm
         |--control constant|--control-alpha 2|--control-drop 0|--class-tokens 1|--init run|--pos-base 3
-        |--time-shift 2|--repa-weight 0|--repa-depth 1""",
+        |--time-shift 2|--repa-weight 0|--repa-depth 1|--label-drop 0.2|--time-normal 0 1""",
     "diversedit --out rundiv": "--init rundiv|--qk-norm|--seed 4294967295|--model B/2|--repa-depth 2",
     "sddit --out runsd": """--mask-ratio 0|--sd-weight 0|--prototypes 7|--tau-s 1|--tau-t 0.2 0.3
         |--teacher-momentum 0 1|--teacher-noise 1|--init runsd""",
+    "meanflow --out runmean": """--flow-ratio 1|--omega 1|--kappa 0|--power 0|--tangent model|--diverse
+        |--guide-interval 0 1|--time-normal 0 1""",
 }
 NO_LISTS = {  # what dataset.json may hold instead of a label for each image
     "an image less": listed(lambda pairs: pairs[1:]),
@@ -613,6 +618,7 @@ CASES = {
     "run: of DiverseDiT": Case("repa --out rundiv", ("rundiv", "holds another run")),
     "run: of REPA": Case("sddit --out run", ("run", "holds another run")),
     "run: of SD-DiT": Case("diversedit --out runsd", ("runsd", "holds another run")),
+    "run: of MeanFlow": Case("repa --out runmean", ("runmean", "holds another run")),
     "run: of another rate": Case("repa --out run --ema 0.5", ("run", "ema", "0.9", "0.5")),
     "run: of another cache": Case("repa --out run --data plain --repa-weight 0", ("run", "another run")),
     "run: of the same folder, other images": Case(
@@ -727,6 +733,11 @@ CASES = {
         "sample comma --labels a,b,c", ("--labels a,b,c",), lambda: comma()
     ),
     "sample: guided to infinity": Case("sample run --cfg 1e308", ("4 of 4",), None, PARTIAL),
+    "sample: mean velocity of a flow": Case("sample run --sampler mean", ("--sampler mean", "ode")),
+    "sample: guided twice": Case("sample runmean --sampler ode --cfg 2", ("--cfg 2", "--omega")),
+    "sample: guided mean velocity": Case(
+        "sample m --cfg 2", ("--cfg 2", "--sampler ode"), calls("meanflow --omega 1 --kappa 0 --out m")
+    ),
     "sample: guide alone": Case("sample run --guide run", ("--guide", "--cfg")),
     "sample: guide with a control": Case(
         "sample run --cfg 2 --control-cfg 2 --guide run", ("--control-cfg", "--guide")
@@ -1225,6 +1236,11 @@ FINE = {  # what looks odd and is right: (command, what comes before, files that
         "diversedit --data one --batch-size 1 --sample-every 1",
         calls("extract --limit 1 --out one"),
     ),
+    "MeanFlow on one image": (
+        "meanflow --data one --batch-size 1 --sample-every 1 --diverse",
+        calls("extract --limit 1 --out one"),
+    ),
+    "a mean velocity in steps": ("sample runmean --steps 3", None),
     "a grid of one class": (
         "sample of-one --labels balanced --grid new.png",
         calls("extract --limit 1 --out one", "repa --data one --out of-one --batch-size 1"),

@@ -6,17 +6,15 @@ import shutil
 import pytest
 import torch
 import torch._dynamo
-from conftest import difference, refusal, rows, run_ranks, start, train
+from conftest import METHODS, SCRIPTS, difference, refusal, rows, run_ranks, start, train
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 import dit
-import train_diversedit
-import train_repa
 import train_sddit
 
-SCRIPTS = {script.__name__: script for script in (train_repa, train_diversedit, train_sddit)}
-GRAPHS = {"train_repa": 1, "train_diversedit": 1, "train_sddit": 3}  # SD-DiT: student, teacher, decoder
+# SD-DiT: student, teacher, decoder; MeanFlow: with and without a gradient
+GRAPHS = {"sddit": 3, "meanflow": 2}
 pytestmark = pytest.mark.usefixtures("tiny_nano")
 
 
@@ -35,14 +33,14 @@ def trace_only(monkeypatch):
     return backend
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", METHODS)
 def test_compiled_run_is_the_eager_run(cache, tmp_path, graphs, name):
     """One graph each and no break, over steps, micro-batches and pictures; losses and checkpoint are kept."""
     options, script = ["--steps", 3, "--sample-every", 6, "--micro-batch", 8], SCRIPTS[name]
     eager = train(cache, tmp_path / "eager", *options, "--no-compile", script=script)
     assert graphs.frame_count == 0
     compiled = train(cache, tmp_path / "compiled", *options, "--compile", script=script)
-    assert graphs.frame_count == GRAPHS[name] and not counters["graph_break"]
+    assert graphs.frame_count == GRAPHS.get(name, 1) and not counters["graph_break"]
     for a, b in zip(rows(tmp_path / "eager"), rows(tmp_path / "compiled"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
     assert difference(eager, compiled) < 1e-6  # the names too: none starts with _orig_mod
@@ -51,14 +49,14 @@ def test_compiled_run_is_the_eager_run(cache, tmp_path, graphs, name):
 def start_compiled(name, *arguments):
     with pytest.MonkeyPatch.context() as patch:
         graphs = trace_only(patch)
-        start(name, *arguments)
+        start(f"train_{name}", *arguments)
     assert graphs.frame_count == GRAPHS[name] and not counters["graph_break"]
 
 
 def test_two_ranks_compiled(cache, tmp_path, processes):
     """DistributedDataParallel neither cuts the blocks of SD-DiT into more graphs nor changes a loss."""
     eager = train(cache, tmp_path / "eager", "--steps", 3, "--seed", 1, script=train_sddit)
-    arguments = ["train_sddit", cache, tmp_path / "ranks", "--steps", 3, "--seed", 1, "--compile"]
+    arguments = ["sddit", cache, tmp_path / "ranks", "--steps", 3, "--seed", 1, "--compile"]
     run_ranks(processes, start_compiled, *arguments)
     compiled = torch.load(tmp_path / "ranks" / "last.pt", weights_only=True)
     assert difference(eager, compiled) < 1e-5

@@ -23,7 +23,7 @@ def names_of(size, work):
 
 
 def test_smoke(tmp_path):
-    run("tests/gpu.py", "--smoke", "--out", tmp_path)
+    run("tests/gpu.py", "--smoke", "--minutes", "60", "--out", tmp_path)
     report = json.loads((tmp_path / "gpu.json").read_text())
     values = {}
     for row in report["rows"]:
@@ -65,7 +65,7 @@ def test_a_failure_costs_nothing_else(tmp_path, monkeypatch, capsys):
         "last": [(["j"], lambda: {"j": "fine"})],
     }
     monkeypatch.setattr(gpu, "plan", lambda size, work: sections)
-    monkeypatch.setattr(gpu, "SECONDS", {"hang": 1})
+    monkeypatch.setattr(gpu, "SECONDS", {"hang": 0.1})
     gpu.main(["--smoke", "--out", str(tmp_path)])
     report = json.loads((tmp_path / "gpu.json").read_text())
     found = {}

@@ -13,7 +13,7 @@ from collections import defaultdict
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from conftest import ROOT, SCRIPTS
 
 import dit
 import extract_features
@@ -21,7 +21,6 @@ import fid
 import sample
 import train_diversedit
 import train_repa
-import train_sddit
 from tests import bench
 
 PAGE = (ROOT / "tests" / "results" / "papers.md").read_text()
@@ -195,10 +194,62 @@ cond-data             train_repa        repa_weight=0 control=cosine data=featur
                                         lr=5e-5 warmup=1000
 cond-beta2            train_repa        repa_weight=0 beta2=0.95
 
+mf-b                  train_meanflow    omega=1 kappa=0.5 guide_interval=[0,1]
+mf-m                  train_meanflow    omega=1 kappa=0.5 guide_interval=[0,1]
+mf-l                  train_meanflow    guide_interval=[0,0.8]
+mf-xl                 train_meanflow
+mf-xl                 sample            checkpoint=runs/mf-xl/1200000.pt
+mf-xl                 sample            checkpoint=runs/mf-xl/1200000.pt steps=2 out=mf-xl-2.npz
+mf-xl                 fid               paths=["VIRTUAL_imagenet256_labeled.npz","mf-xl.npz","mf-xl-2.npz"]
+mf-xl-plus            train_meanflow    omega=1 kappa=0.5 guide_interval=[0.3,0.8] keep_every=500000
+mf-b4                 train_meanflow    omega=1 kappa=0
+mf-b4-ratio-1         train_meanflow    omega=1 kappa=0 flow_ratio=1
+mf-b4-ratio-0.5       train_meanflow    omega=1 kappa=0 flow_ratio=0.5
+mf-b4-ratio-0         train_meanflow    omega=1 kappa=0 flow_ratio=0
+mf-b4-normal-0.2-1    train_meanflow    omega=1 kappa=0 time_normal=[-0.2,1]
+mf-b4-normal-0.2-1.2  train_meanflow    omega=1 kappa=0 time_normal=[-0.2,1.2]
+mf-b4-normal-0.4-1.2  train_meanflow    omega=1 kappa=0 time_normal=[-0.4,1.2]
+mf-b4-power-0         train_meanflow    omega=1 kappa=0 power=0
+mf-b4-power-0.5       train_meanflow    omega=1 kappa=0 power=0.5
+mf-b4-power-1.5       train_meanflow    omega=1 kappa=0 power=1.5
+mf-b4-power-2         train_meanflow    omega=1 kappa=0 power=2
+mf-b4-omega-1.5       train_meanflow    omega=1.5 kappa=0 guide_interval=[0,1]
+mf-b4-omega-2         train_meanflow    omega=2 kappa=0 guide_interval=[0,1]
+mf-b4-omega-3         train_meanflow    omega=3 kappa=0 guide_interval=[0,1]
+mf-b4-omega-5         train_meanflow    omega=5 kappa=0 guide_interval=[0,1]
+mf-b4-kappa-0.5       train_meanflow    omega=1 kappa=0.5 guide_interval=[0,1]
+mf-b4-kappa-0.8       train_meanflow    omega=0.4 kappa=0.8 guide_interval=[0,1]
+mf-b4-kappa-0.9       train_meanflow    omega=0.2 kappa=0.9 guide_interval=[0,1]
+mf-b4-kappa-0.95      train_meanflow    omega=0.1 kappa=0.95 guide_interval=[0,1]
+mf-b4-240             train_meanflow    omega=1 kappa=0.5 guide_interval=[0,1]
+mf-b4-240-plain       train_meanflow    omega=1 kappa=0
+imf-b                 train_meanflow    omega=1 kappa=0.5 guide_interval=[0,1] tangent=model
+imf-b-plain           train_meanflow    omega=1 kappa=0 tangent=model
+imf-xl                train_meanflow    tangent=model
+mf-b-400k             train_meanflow    omega=1 kappa=0.5 guide_interval=[0,1]
+mf-l-400k             train_meanflow    omega=1 kappa=0.5 guide_interval=[0,1]
+mf-xl-400k            train_meanflow    omega=1 kappa=0.5 guide_interval=[0,1]
+mf-div-b              train_meanflow    omega=1 kappa=0.5 guide_interval=[0,1] diverse=true
+mf-div-l              train_meanflow    omega=1 kappa=0.5 guide_interval=[0,1] diverse=true
+mf-div-xl             train_meanflow    omega=1 kappa=0.5 guide_interval=[0,1] diverse=true
+mf-div-xl-240         train_meanflow    diverse=true
+dit-l                 train_dit         data=features/flip clip=0 precision=fp32
+dit-xl                train_dit         data=features/flip clip=0 precision=fp32
+dit-xl-7m             train_dit         data=features/flip clip=0 precision=fp32 out=runs/dit-xl \
+                                        keep_every=500000
+dit-repa-l            train_dit         repa_weight=0.5
+dit-repa-xl           train_dit         repa_weight=0.5
+dit-repa-xl           sample            checkpoint=runs/dit-repa-xl/0400000.pt vae=EMA
+dit-repa-xl           fid               paths=["VIRTUAL_imagenet256_labeled.npz","dit-repa-xl.npz"]
+dit-repa-xl-850k      train_dit         repa_weight=0.5 out=runs/dit-repa-xl
+dit-cfg               sample            vae=EMA
+
 official-repa         sample            sampler=sde steps=250
 official-repa-cfg     sample            sampler=sde steps=250
 official-sit          sample            sampler=sde steps=250
-official-dit          sample            sampler=sde steps=250
+official-dit          sample
+official-dit-cfg      sample
+official-dit-512      sample
 """
 SHORT = {
     "EMA": "stabilityai/sd-vae-ft-ema",
@@ -213,9 +264,7 @@ SHORT = {
 }
 PROGRAMS = {  # with the shortest command of each, whose settings are its defaults
     "extract_features": (extract_features, "--data D --out O"),
-    "train_repa": (train_repa, ""),
-    "train_diversedit": (train_diversedit, ""),
-    "train_sddit": (train_sddit, ""),
+    **{f"train_{method}": (script, "") for method, script in SCRIPTS.items()},
     "sample": (sample, "C --out O.npz"),
     "fid": (fid, "A B"),
     "tests/bench": (bench, "train"),
@@ -268,6 +317,22 @@ DEFAULTS = {  # what the rows take for granted
         "tau_t": [0.09, 0.099],
         "teacher_momentum": [0.996, 0.999],
     },
+    "train_meanflow": {
+        **TRAINING,
+        "steps": 1_200_000,
+        "precision": "fp32",
+        "beta2": 0.95,
+        "clip": 0,
+        "time_normal": [-0.4, 1],
+        "flow_ratio": 0.75,
+        "omega": 0.2,
+        "kappa": 0.92,
+        "guide_interval": [0, 0.75],
+        "power": 1,
+        "tangent": "data",
+        "diverse": False,
+    },
+    "train_dit": {**TRAINING, "repa_weight": 0, "repa_depth": None},
     "sample": {
         "cfg": 1,
         "interval": None,

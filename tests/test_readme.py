@@ -7,7 +7,7 @@ import re
 import shlex
 
 import pytest
-from conftest import ROOT, run
+from conftest import METHODS, ROOT, run
 
 README = (ROOT / "README.md").read_text()
 PAGES = sorted((ROOT / "tests" / "results").glob("*.md"))
@@ -34,7 +34,7 @@ def test_there_are_commands():
 
 def test_flags_of_the_paper_table_exist(capsys):
     """papers.md names flags without their script: each is known to one of the programs."""
-    for name in ("train_repa", "train_diversedit", "train_sddit", "sample", "extract_features"):
+    for name in [*(f"train_{method}" for method in METHODS), "sample", "extract_features"]:
         with pytest.raises(SystemExit):
             importlib.import_module(name).parse_args(["--help"])
     known = capsys.readouterr().out

@@ -8,13 +8,12 @@ import subprocess
 
 import pytest
 import torch
-from conftest import ROOT, train
+from conftest import METHODS, ROOT, SCRIPTS, train
 
 import train_diversedit
 import train_repa
-import train_sddit
 
-SCRIPTS = sorted(ROOT.glob("train_*.py"))
+PATHS = sorted(ROOT.glob("train_*.py"))
 LAYOUT = "LICENSE README.md requirements.txt tests dit.py files.py extract_features.py sample.py fid.py"
 
 
@@ -36,14 +35,18 @@ def split(path):
     return shared, fenced
 
 
-@pytest.mark.parametrize("path", SCRIPTS[1:], ids=lambda path: path.name)
+def test_every_script_is_known_to_the_tests():
+    assert {path.stem for path in PATHS} == {f"train_{name}" for name in METHODS}
+
+
+@pytest.mark.parametrize("path", PATHS[1:], ids=lambda path: path.name)
 def test_shared_text_is_the_same(path):
-    reference, other = split(SCRIPTS[0])[0], split(path)[0]
-    diff = "\n".join(difflib.unified_diff(reference, other, SCRIPTS[0].name, path.name, lineterm="", n=1))
+    reference, other = split(PATHS[0])[0], split(path)[0]
+    diff = "\n".join(difflib.unified_diff(reference, other, PATHS[0].name, path.name, lineterm="", n=1))
     assert not diff, f"outside the fences the scripts differ:\n{diff}"
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name)
 def test_imports_of_the_method_are_one_block_below_the_shared_ones(path):
     statements = ast.parse(path.read_text()).body[1:]
     imports = [node for node in statements if isinstance(node, ast.Import | ast.ImportFrom)]
@@ -75,6 +78,7 @@ def test_imports_run_one_way():
         "extract_features": {"files"},
         "sample": {"dit", "files", "extract_features"},
     }
+    losses = {"train_meanflow": ["train_diversedit"]}  # the scripts whose loss a script also uses
     for path in ROOT.glob("*.py"):
         imported = set()
         for node in ast.walk(ast.parse(path.read_text())):
@@ -84,11 +88,12 @@ def test_imports_run_one_way():
                 imported.add(node.module)
         expected = allowed.get(path.stem)
         if path.stem.startswith("train_"):
-            expected = {"dit", "files", "extract_features", "sample", "train_repa"} - {path.stem}
+            expected = {"dit", "files", "extract_features", "sample", *losses.get(path.stem, ["train_repa"])}
+            expected -= {path.stem}
         assert imported & ours <= expected, path.name
 
 
-INPUTS = ("x", "y", "t", "eps", "drop")
+INPUTS = ("x", "y", "uniform", "eps", "drop")
 
 
 def recorded(script, cache, out, *options):
@@ -113,12 +118,12 @@ def test_methods_see_the_same_run(cache, tmp_path, tiny_nano):
     flags = [*micro, "--div-terms", "--no-long-residuals"]
     diverse = recorded(train_diversedit, cache, tmp_path / "b", *flags)
     assert len(repa) == 8 and [step["loss"] for step in repa] == [step["loss"] for step in diverse]
-    others = [recorded(train_repa, cache, tmp_path / "c", *micro), diverse]
-    others += [recorded(train_sddit, cache, tmp_path / "d", *micro)]
-    for other in others:
+    for method, script in SCRIPTS.items():
+        other = recorded(script, cache, tmp_path / method, *micro)
         for ours, theirs in zip(repa, other, strict=True):
-            assert all(torch.equal(ours[name], theirs[name]) for name in INPUTS)
-    assert repa[-1]["loss"] != others[0][-1]["loss"] and any(step["drop"].any() for step in repa)
+            assert all(torch.equal(ours[name], theirs[name]) for name in INPUTS), method
+        assert repa[-1]["loss"] != other[-1]["loss"]
+    assert any(step["drop"].any() for step in repa)
 
     # micro-batches are the rows of the whole batch
     whole = recorded(train_repa, cache, tmp_path / "e", "--repa-weight", 0)

@@ -27,10 +27,10 @@ def batch(n=4):
         x=torch.randn(n, 3, 8, 8),
         eps=torch.randn(n, 3, 8, 8),
         y=torch.arange(n) % 3,
-        t=torch.rand(n),
+        uniform=torch.rand(n),
         drop=torch.arange(n) == 1,
         mask_noise=torch.rand(n, 16),
-        teacher_t=torch.rand(n),
+        teacher_uniform=torch.rand(n),
         step=0,
     )
 
@@ -165,7 +165,7 @@ def test_cross_entropy_at_initialisation():
     """Same weights, same token, K = 8192: 8.77."""
     torch.manual_seed(0)
     head = train_sddit.Head(64)
-    logits = head.logits(head(torch.randn(64, 64)))
+    logits = head.cosines(head(torch.randn(64, 64)))
     loss, _ = train_sddit.discriminative_loss(logits, logits, torch.zeros(8192), 0.1, 0.09)
     assert loss.mean().item() == pytest.approx(8.77, abs=0.05)
     assert logits.abs().max() <= 1 + 1e-5, "logits are cosines: the gain is 1"
@@ -175,7 +175,7 @@ def test_step_zero(cache):
     """F = 0, so L_G is the mean square of F*; the encoder returns its input tokens."""
     objective, inputs = objective_for(train_sddit, cache), batch()
     losses = objective(**inputs)
-    sigma = train_sddit.sigma_from_uniform(inputs["t"]).view(-1, 1, 1, 1)
+    sigma = train_sddit.sigma_from_uniform(inputs["uniform"]).view(-1, 1, 1, 1)
     target = (2 * sigma * inputs["x"] - 0.5 * inputs["eps"]) / (sigma**2 + 0.25).sqrt()
     assert losses["loss_edm"].item() == pytest.approx((target**2).mean().item(), rel=1e-5)
     expected = losses["loss_edm"] + losses["loss_cls"] + losses["loss_patch"]
@@ -193,14 +193,15 @@ def test_the_whole_objective_without_chunks(cache):
     randomize(objective.teacher.requires_grad_(True), 0.2).requires_grad_(False)
     losses = objective(**inputs)
     visible = objective.choose_visible(inputs["mask_noise"])
-    sigma = train_sddit.sigma_from_uniform(inputs["t"])
+    sigma = train_sddit.sigma_from_uniform(inputs["uniform"])
     x_s = inputs["x"] + sigma.view(-1, 1, 1, 1) * inputs["eps"]
     given = dict(drop=inputs["drop"], visible=visible, return_tokens=True)
     _, tokens = objective.model(x_s, sigma, inputs["y"], **given)
     x_t = inputs["x"] + 0.002 * inputs["eps"]
     y = inputs["y"].masked_fill(inputs["drop"], 3)
     encoded, _, _ = objective.teacher.encode(x_t, torch.full((4,), 0.002), y)
-    s, t = (head.logits(head(v)) for head, v in ((objective.head, tokens), (objective.teacher_head, encoded)))
+    pairs = (objective.head, tokens), (objective.teacher_head, encoded)
+    s, t = (head.cosines(head(v)) for head, v in pairs)
     cls, _ = train_sddit.discriminative_loss(s[:, 0], t[:, 0], objective.centers[0], 0.1, 0.09)
     patches = []
     for n in range(4):
@@ -254,14 +255,14 @@ def test_teacher_and_centre_updates(cache, monkeypatch):
     encoded, _, _ = objective.teacher.encode(
         inputs["x"] + 0.002 * inputs["eps"], torch.full((4,), 0.002), inputs["y"], inputs["drop"]
     )
-    logits = objective.teacher_head.logits(objective.teacher_head(encoded))
+    logits = objective.teacher_head.cosines(objective.teacher_head(encoded))
     mean = torch.stack([logits[:, 0].mean(0), logits[:, 1:].mean((0, 1))])
     objective.after_step(0, 1)
     torch.testing.assert_close(objective.centers, 0.1 * mean)
     objective(**inputs)
     objective(**inputs)
     objective.after_step(0, 2)
-    assert objective.centers.abs().max() > 0 and (objective.logit_sum == 0).all()
+    assert objective.centers.abs().max() > 0 and (objective.cosine_sum == 0).all()
     for name, parameter in objective.teacher.named_parameters():
         expected = 0.996 * (0.996 * before[name] + 0.004 * student[name]) + 0.004 * student[name]
         torch.testing.assert_close(parameter, expected, rtol=0, atol=1e-6)
@@ -273,7 +274,7 @@ def test_teacher_and_centre_updates(cache, monkeypatch):
 def test_a_skipped_step_does_not_poison_the_centres(cache):
     objective = randomize(objective_for(train_sddit, cache))
     objective(**batch())
-    objective.logit_sum[1, :5] = float("nan")
+    objective.cosine_sum[1, :5] = float("nan")
     objective.after_step(0, 1)
     cls, patches = objective.centers
     assert cls.isfinite().all() and cls.all() and not patches[:5].any() and patches[5:].all()
@@ -423,7 +424,7 @@ def test_noise_levels_are_shifted(cache, monkeypatch):
     objective.model.time_shift = 2.0
     objective(**inputs)
     student, teacher, student_2, teacher_2 = seen
-    torch.testing.assert_close(student, train_sddit.sigma_from_uniform(inputs["t"]))
+    torch.testing.assert_close(student, train_sddit.sigma_from_uniform(inputs["uniform"]))
     assert torch.equal(student_2, 2 * student) and torch.equal(teacher_2, 2 * teacher)
     assert teacher.tolist() == pytest.approx(len(teacher) * [0.002])
 

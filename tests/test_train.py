@@ -17,6 +17,7 @@ import torch
 from conftest import (
     ENVIRONMENT,
     ROOT,
+    SCRIPTS,
     WITH_TINY_NANO,
     command_line,
     difference,
@@ -40,8 +41,7 @@ import train_repa
 import train_sddit
 from extract_features import CachedFeatures
 
-SCRIPTS = [train_repa, train_diversedit, train_sddit]
-each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+each_script = pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 pytestmark = pytest.mark.usefixtures("tiny_nano")
 
 
@@ -50,7 +50,7 @@ def inputs():
     torch.manual_seed(0)
     x, eps, targets = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.randn(4, 16, 82)
     y, t, drop = torch.tensor([0, 1, 2, 0]), torch.tensor([0.0, 0.3, 0.9, 1.0]), torch.arange(4) == 1
-    return dict(x=x, y=y, t=t, eps=eps, drop=drop, targets=targets)
+    return dict(x=x, y=y, uniform=t, eps=eps, drop=drop, targets=targets)
 
 
 # --- the loss
@@ -77,7 +77,7 @@ def test_objective_is_the_equation(cache):
     objective = randomize(objective_for(train_repa, cache, "--repa-weight", 0.3, "--repa-depth", 1))
     given = inputs()
     losses = objective(**given)
-    x, eps, t = given["x"], given["eps"], given["t"]
+    x, eps, t = given["x"], given["eps"], given["uniform"]
     x_t = torch.stack([(1 - s) * a + s * b for a, b, s in zip(x, eps, t.tolist(), strict=True)])
     null = torch.tensor([0, 3, 2, 0])
     v, (tokens,) = objective.model(x_t, t, null, return_blocks=[1])
@@ -92,9 +92,9 @@ def test_aligned_blocks_have_projectors_of_their_own(cache):
     """--repa-depth 2 1: the mean over the blocks, in this order, each through its own projector."""
     objective = randomize(objective_for(train_repa, cache, "--repa-depth", 2, 1))
     given = inputs()
-    t = given["t"].view(-1, 1, 1, 1)
+    t = given["uniform"].view(-1, 1, 1, 1)
     x_t = (1 - t) * given["x"] + t * given["eps"]
-    _, tokens = objective.model(x_t, given["t"], given["y"], drop=given["drop"], return_blocks=[1, 2])
+    _, tokens = objective.model(x_t, given["uniform"], given["y"], drop=given["drop"], return_blocks=[1, 2])
     first, second = objective.alignment.projectors
     one = train_repa.repa_loss([first(tokens[1])], [given["targets"]])
     other = train_repa.repa_loss([second(tokens[0])], [given["targets"]])
@@ -108,10 +108,10 @@ def test_logit_normal_times_reach_the_model(cache, script):
     objective = objective_for(script, cache, "--time-normal", -0.4, 1.3)
     seen = []
     objective.model.t_embedder.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    given = inputs() | {"t": torch.tensor([0.1, 0.3, 0.5, 0.9])}
+    given = inputs() | {"uniform": torch.tensor([0.1, 0.3, 0.5, 0.9])}
     extra = {"chosen": torch.tensor([1, 2])} if script is train_diversedit else {}
     objective(**given, **extra)
-    logits = [-0.4 + 1.3 * statistics.NormalDist().inv_cdf(u) for u in given["t"].tolist()]
+    logits = [-0.4 + 1.3 * statistics.NormalDist().inv_cdf(u) for u in given["uniform"].tolist()]
     expected = [1 / (1 + math.exp(-x)) for x in logits]
     assert seen[0].tolist() == pytest.approx(expected, rel=1e-5)
 
@@ -151,15 +151,15 @@ def test_projector_sizes():
 
 
 def test_flow_times_are_shifted(cache):
-    """With --time-shift 2, the loss at uniform t is the plain loss at 2 t / (1 + t)."""
+    """With --time-shift 2, the loss at uniform u is the plain loss at 2 u / (1 + u)."""
     plain = randomize(objective_for(train_repa, cache, "--repa-weight", 0), std=0.3)
     shifted = objective_for(train_repa, cache, "--repa-weight", 0, "--time-shift", 2)
     shifted.load_state_dict(plain.state_dict())
     given = inputs()
-    t = given.pop("t")
-    expected = plain(t=2 * t / (1 + t), **given)["loss"].item()
-    assert shifted(t=t, **given)["loss"].item() == pytest.approx(expected, rel=1e-5)
-    assert plain(t=t, **given)["loss"].item() != pytest.approx(expected, rel=1e-3)
+    u = given.pop("uniform")
+    expected = plain(uniform=2 * u / (1 + u), **given)["loss"].item()
+    assert shifted(uniform=u, **given)["loss"].item() == pytest.approx(expected, rel=1e-5)
+    assert plain(uniform=u, **given)["loss"].item() != pytest.approx(expected, rel=1e-3)
 
 
 # --- CKNNA
@@ -532,14 +532,18 @@ def test_warm_up(cache, tmp_path):
 
 
 def test_without_flags_a_script_is_the_run_of_its_paper():
-    for script in SCRIPTS:
-        steps, precision = 400_000, "bf16" if torch.cuda.is_available() else "fp32"
-        if script is train_sddit:
-            steps, precision = 2_400_000, "fp32"
+    own = {
+        "sddit": {"steps": 2_400_000, "precision": "fp32"},
+        "meanflow": {"steps": 1_200_000, "precision": "fp32", "beta2": 0.95, "clip": 0},
+    }
+    for name, script in SCRIPTS.items():
+        precision = "bf16" if torch.cuda.is_available() else "fp32"
+        expected = {"steps": 400_000, "precision": precision, "beta2": 0.999, "clip": 1}
+        expected |= own.get(name, {})
         args = script.parse_args([])
+        assert {key: vars(args)[key] for key in expected} == expected
         assert (args.model, args.batch_size, args.lr, args.ema) == ("XL/2", 256, 1e-4, 0.9999)
-        assert (args.steps, args.precision) == (steps, precision)
-        assert (args.data, args.warmup, args.beta2) == ("features/imagenet256", 0, 0.999)
+        assert (args.data, args.warmup) == ("features/imagenet256", 0)
         assert args.out == f"runs/{script.NAME}" and args.control == "none" and not args.digits
     args = train_repa.parse_args([])
     assert args.repa_weight == 0.5 and args.repa_depth is None
@@ -606,19 +610,24 @@ def test_control_is_trained(cache, tmp_path, script, monkeypatch):
     """The rows of the cache reach the model, zeros for dropped images; sampling draws from the kept table."""
     seen, condition = [], dit.DiT.condition
 
-    def spy(self, t, unshifted_t, y, drop, control):
+    def spy(self, t, unshifted_t, y, drop, control, *more):
         if control is not None and not t.is_meta:
             seen.append(control.tolist())
-        return condition(self, t, unshifted_t, y, drop, control)
+        return condition(self, t, unshifted_t, y, drop, control, *more)
 
     options = ["--control", "cosine", "--control-drop", 0.25, "--class-tokens", 3, "--steps", 4]
+    grid = ["--grid", str(tmp_path / "grid.png"), "--num", "3", "--steps", "2"]
+    if script.NAME == "meanflow":
+        options += ["--omega", 1, "--kappa", 0]
+        grid += ["--sampler", "ode"]
     with monkeypatch.context() as patch:
         patch.setattr(dit.DiT, "condition", spy)
         checkpoint = train(cache, tmp_path / "run", *options, script=script)
     features = CachedFeatures(cache)
     table = {tuple(row) for row in features.__getitems__(range(len(features)))["control"].tolist()}
     assert table == {(8, 12, 0, 2, 8, 8, 0), (8, 12, 0, 2, 8, 8, 1)}
-    assert len(seen) == (8 if script is train_sddit else 4), "the teacher sees the same control"
+    passes = {"sddit": 2, "meanflow": 2}.get(script.NAME, 1)  # with the teacher, with the derivative
+    assert len(seen) == 4 * passes, "the teacher sees the same control"
     assert script is not train_sddit or seen[::2] == seen[1::2]
     assert {tuple(row) for batch in seen for row in batch} == table | {7 * (0,)}
     before = train(cache, tmp_path / "start", *options, "--lr", 0, script=script)
@@ -626,7 +635,6 @@ def test_control_is_trained(cache, tmp_path, script, monkeypatch):
         if name.startswith("control_embedder.low.2") or name.startswith("control_embedder.high.2"):
             assert (value != before["model"][name]).any() and not before["model"][name].any(), name
     assert checkpoint["control"].tolist() == 3 * [50 * [[8, 12, 0, 2, 8, 8, 0]]], "centred and not mirrored"
-    grid = ["--grid", str(tmp_path / "grid.png"), "--num", "3", "--steps", "2"]
     for more in ([], ["--control", "fixed"], ["--cfg", "2", "--control-cfg", "0.5"]):
         sample.main([str(tmp_path / "run" / "last.pt"), *grid, *more])
 

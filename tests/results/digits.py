@@ -5,10 +5,11 @@
     python tests/results/digits.py --report                  digits.md and the pictures (needs matplotlib)
 
 Each row of ROWS is a command that can be pasted; this script adds --seed, --out and --keep-every 250. Every
-snapshot draws 500 samples, fifty per class, from the same noise in all rows. Two judges: `fid.py --features
-pixels` against the 1,797 real digits, and the class of the nearest real digit in pixels, which is right for
-98.8 % of the real digits, each left out in turn. A run uses one thread, so that its bits do not depend on
-what else the machine does.
+snapshot draws 500 samples, fifty per class, from the same noise in all rows, in 25 steps. MeanFlow's are
+drawn in one evaluation, and those of its last snapshot in other numbers as well. Two judges: `fid.py
+--features pixels` against the 1,797 real digits, and the class of the nearest real digit in pixels, which is
+right for 98.8 % of the real digits, each left out in turn. A run uses one thread, so that its bits do not
+depend on what else the machine does.
 """
 
 import argparse
@@ -51,10 +52,24 @@ ROWS = {
     "div-residuals": ("DiverseDiT, residuals alone", "plain", "train_diversedit.py --digits --div-terms"),
     "diversedit": ("DiverseDiT", "plain", "train_diversedit.py --digits"),
     "diversedit-repa": ("DiverseDiT + REPA", "repa", "train_diversedit.py --digits --repa-weight 2"),
+    "dit": ("DiT", None, "train_dit.py --digits"),
+    "dit-repa": ("DiT + REPA", "dit", "train_dit.py --digits --repa-weight 2"),
     "edm": ("plain EDM", None, "train_sddit.py --digits --sd-weight 0 --mask-ratio 0"),
     "edm-mask": ("EDM, masked student", "edm", "train_sddit.py --digits --sd-weight 0"),
     "sddit": ("SD-DiT", "edm-mask", "train_sddit.py --digits"),
+    "meanflow": ("MeanFlow, one evaluation", "plain", "train_meanflow.py --digits"),
+    "meanflow-model": (
+        "MeanFlow, model's tangent",
+        "meanflow",
+        "train_meanflow.py --digits --tangent model",
+    ),
+    "meanflow-div": ("MeanFlow + DiverseDiT", "meanflow", "train_meanflow.py --digits --diverse"),
 }
+# how the snapshots of a run are sampled: MeanFlow's in one evaluation, and the last one in others, too
+FLOW = "--steps 25"
+MEAN = "--sampler mean --steps 1"
+MORE = {"2": "--sampler mean --steps 2", "4": "--sampler mean --steps 4"}
+MORE |= {"Euler 1": "--sampler ode --steps 1", "Euler 25": "--sampler ode --steps 25"}
 
 
 def nearest_class(images, real, labels):
@@ -63,26 +78,37 @@ def nearest_class(images, real, labels):
     return labels[torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").argmin(1).numpy()]
 
 
-def evaluate(folder):
+def draw(checkpoint, flags, path):
+    if not path.exists():
+        flags = f"{flags} --num {SAMPLES} --labels balanced --out {path}"
+        sample.main([str(checkpoint), *flags.split()])
+
+
+def evaluate(folder, mean_velocity=False):
     """Samples of the four snapshots of a run, and their figures: a list of dicts."""
     paths = [folder / f"samples-{step}.npz" for step in STEPS]
     for step, path in zip(STEPS, paths, strict=True):
-        if not path.exists():
-            flags = f"--num {SAMPLES} --labels balanced --steps 25 --out {path}"
-            sample.main([str(folder / f"{step:07d}.pt"), *flags.split()])
-    fid.main([str(REAL), *map(str, paths), "--features", "pixels", "--json", str(folder / "fid.json")])
+        draw(folder / f"{step:07d}.pt", MEAN if mean_velocity else FLOW, path)
+    more = {}
+    if mean_velocity:
+        more = {name: folder / f"more-{name.replace(' ', '-')}.npz" for name in MORE}
+        for name, path in more.items():
+            draw(folder / f"{STEPS[-1]:07d}.pt", MORE[name], path)
+    every = [*map(str, paths), *map(str, more.values())]
+    fid.main([str(REAL), *every, "--features", "pixels", "--json", str(folder / "fid.json")])
     report = json.loads((folder / "fid.json").read_text())
+    found = [metrics["fid"] for metrics in report["sets"][len(paths) :]]
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     real, rows = np.load(REAL), []
-    for step, path, metrics in zip(STEPS, paths, report["sets"], strict=True):
+    for step, path, metrics in zip(STEPS, paths, report["sets"], strict=False):
         drawn = np.load(path)
         right = nearest_class(drawn["arr_0"], real["arr_0"], real["arr_1"]) == drawn["arr_1"]
         row = next(row for row in log if row["step"] == step)
-        loss = row["loss_fm"] if "loss_fm" in row else row["loss_edm"]
+        loss = next(row[name] for name in ("loss_fm", "loss_edm", "loss_noise") if name in row)
         seconds = 64 / max(row["img_per_s"] for row in log)  # the fastest 50 steps
         row = dict(step=step, accuracy=right.mean(), fd=metrics["fid"], precision=metrics["precision"])
         rows.append(row | dict(recall=metrics["recall"], loss=loss, seconds_per_step=seconds))
-    return rows, report["floor"]
+    return rows, report["floor"], dict(zip(more, found, strict=True))
 
 
 def run(job):
@@ -98,11 +124,13 @@ def run(job):
     with open(f"{folder}.txt", "a") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         try:
             train.main(flags)
-            rows, floor = evaluate(folder)
+            rows, floor, more = evaluate(folder, mean_velocity=script == "train_meanflow.py")
         except SystemExit as error:  # which would end a process of the pool in silence
             raise RuntimeError(str(error)) from error
     partial = folder / "result.partial"
     result = {"row": row, "seed": seed, "floor": floor["fid"], "points": rows}
+    if more:
+        result["evaluations"] = {"1": rows[-1]["fd"], **more}
     partial.write_text(json.dumps(result, indent=1))
     partial.rename(folder / "result.json")
     return job
@@ -153,7 +181,22 @@ def table(results):
         cells = [f"{x.mean():.3f} ± {x.std(ddof=1):.3f}" for x in values]
         lines.append([ROWS[row][0], *cells, f"{seconds:.2f}", f"`{ROWS[row][2]}`"])
     head = [f"step {STEPS[-1]}", "precision", "recall", "denoising loss", "s per step", "command"]
-    return "\n".join([*text, "", *markdown(head, lines)])
+    return "\n".join([*text, "", *markdown(head, lines), *evaluations(results)])
+
+
+def evaluations(results):
+    """The FD of one network by the number of its evaluations: a table of the rows of MeanFlow."""
+    names = ["1", *MORE]
+    lines = []
+    for row, (name, _, _) in ROWS.items():
+        runs = [result for result in results if result["row"] == row]
+        runs = [result["evaluations"] for result in runs if "evaluations" in result]
+        values = [np.array([run[name] for run in runs]) for name in names]
+        if runs:
+            lines.append([name, *(f"{x.mean():.3f} ± {x.std(ddof=1):.3f}" for x in values)])
+    if not lines:
+        return []
+    return ["", *markdown([f"FD by evaluations, step {STEPS[-1]}", *names], lines)]
 
 
 def summary(results, row):
