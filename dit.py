@@ -45,7 +45,7 @@ SIZES = {  # name: (blocks, width, heads)
 }
 
 
-# ---- Small functions
+# ---- Positions and time
 def sincos_positions(side, width, base=None):
     """Fixed 2-D sin-cos positions of a `side` x `side` grid of tokens: float64 [side^2, width].
 
@@ -65,11 +65,6 @@ def sincos_positions(side, width, base=None):
     column = np.tile(axis, (side, 1))                                 # [side^2, D/2]
     row = np.repeat(axis, side, axis=0)                               # [side^2, D/2]
     return np.concatenate([column, row], axis=1)
-
-
-def modulate(x, shift, scale):
-    """Shifts and scales all tokens x [N, T, D] of an image alike; shift and scale are [N, 1, D]."""
-    return x * (1 + scale) + shift
 
 
 def shift_time(t, s):
@@ -99,74 +94,12 @@ def training_time(uniform, time_normal=None, time_shift=1.0):
     return shift_time(t, time_shift)
 
 
-def edm_coefficients(sigma, sigma_data=0.5):
-    """Returns EDM's c_skip, c_out, c_in, c_noise (arXiv 2206.00364), each of the shape of sigma.
-
-    The denoiser is D = c_skip x + c_out F(c_in x, c_noise).
-    """
-    variance = sigma**2 + sigma_data**2
-    std = variance.sqrt()
-    c_skip = sigma_data**2 / variance
-    c_out = sigma * sigma_data / std
-    c_in = 1 / std
-    c_noise = sigma.log() / 4
-    return c_skip, c_out, c_in, c_noise
-
-
-class DDPMStep(NamedTuple):
-    """A timestep k of a noise-prediction model, and the step from k to the next lower timestep l.
-
-    x_k = alpha_k x + sigma_k eps, with alpha_k^2 + sigma_k^2 = 1. Below the lowest k, x_l is x with
-    alpha_l = 1. Given x and x_k, x_l is normal: its mean is c1 x + c2 x_k, its variance beta_tilde
-    (arXiv 2006.11239, Eq. 7). The fields are floats, or tensors of one shape.
-    """
-
-    k: float
-    alpha: float  # alpha_k
-    sigma: float  # sigma_k
-    log_beta: float  # beta = 1 - alpha_k^2 / alpha_l^2
-    log_beta_tilde: float  # beta_tilde = beta sigma_l^2 / sigma_k^2
-    c1: float  # beta alpha_l / sigma_k^2
-    c2: float  # sqrt(1 - beta) sigma_l^2 / sigma_k^2
-
-    def log_variance(self, output):
-        """Returns the log-variance of the model's own step, from the channels [N, C, H, W] for it.
-
-        1 stands for log beta and -1 for log beta_tilde (arXiv 2102.09672, Eq. 15). Nothing is
-        clamped.
-        """
-        fraction = (output + 1) / 2
-        return fraction * self.log_beta + (1 - fraction) * self.log_beta_tilde
-
-
-def ddpm_schedule(steps=1000):
-    """Returns DiT's 1000 timesteps, or `steps` >= 2 of them in even distances: a list of DDPMStep.
-
-    The list goes from data to noise, from k = 0 to k = 999. At k = 0 beta_tilde is 0, and its
-    logarithm is replaced by the one of the next step (arXiv 2102.09672).
-    """
-    all_alpha = np.sqrt(np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000)))
-    k = np.linspace(0, 999, steps).round()
-    alpha = all_alpha[k.astype(int)]                                  # [steps], as all below
-    alpha_l = np.append(1.0, alpha[:-1])
-    variance = 1 - alpha**2
-    variance_l = 1 - alpha_l**2
-
-    beta = 1 - (alpha / alpha_l) ** 2
-    beta_tilde = beta * variance_l / variance
-    beta_tilde[0] = beta_tilde[1]
-    c1 = beta * alpha_l / variance
-    c2 = alpha / alpha_l * variance_l / variance
-    fields = (k, alpha, np.sqrt(variance), np.log(beta), np.log(beta_tilde), c1, c2)
-    return [DDPMStep(*values) for values in np.stack(fields, axis=1).tolist()]
-
-
+# ---- Embedders
 def without_autocast(tensor):
     """Returns a context in which autocast is off on the device of this tensor."""
     return torch.autocast("cuda" if tensor.is_cuda else "cpu", enabled=False)
 
 
-# ---- Embedders
 class Sinusoids(nn.Module):
     """Turns values [...] into [cos | sin] of angles, [..., 2 * frequencies].
 
@@ -290,21 +223,14 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
-class ZeroNullLabelEmbedder(LabelEmbedder):
-    """The null class is the zero vector and has no row in the table (MaskDiT, SD-DiT)."""
-
-    def __init__(self, num_classes, hidden_size, dropout_prob):
-        super().__init__(num_classes, hidden_size, dropout_prob)
-        self.embedding_table = nn.Embedding(num_classes, hidden_size)
-
-    def embed(self, y):
-        known = (y < self.num_classes).unsqueeze(1)
-        return self.embedding_table(y.clamp(max=self.num_classes - 1)) * known
-
-
 # ---- Block and final layer
 PlainNorm = partial(nn.LayerNorm, elementwise_affine=False, eps=1e-6)
 TanhGELU = partial(nn.GELU, approximate="tanh")
+
+
+def modulate(x, shift, scale):
+    """Shifts and scales all tokens x [N, T, D] of an image alike; shift and scale are [N, 1, D]."""
+    return x * (1 + scale) + shift
 
 
 class DiTBlock(nn.Module):
@@ -353,7 +279,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))  # [N, T, out_size]
 
 
-# ---- Architectures
+# ---- DiT
 class DiT(nn.Module):
     """Diffusion transformer with adaLN-Zero blocks.
 
@@ -529,6 +455,7 @@ class DiT(nn.Module):
         return v, [kept[b][:, K:] for b in return_blocks]
 
 
+# ---- DiverseDiT
 class LongResidual(nn.Module):
     """R of DiverseDiT: x <- Linear(LayerNorm([x, skip])), without an identity path.
 
@@ -578,6 +505,33 @@ class DiverseDiT(DiT):
                 x = self.long_residuals[i - half](x, skips.pop())     # [N, T, D]
             x = self.run_block(block, x, c)
             yield x
+
+
+# ---- SD-DiT
+def edm_coefficients(sigma, sigma_data=0.5):
+    """Returns EDM's c_skip, c_out, c_in, c_noise (arXiv 2206.00364), each of the shape of sigma.
+
+    The denoiser is D = c_skip x + c_out F(c_in x, c_noise).
+    """
+    variance = sigma**2 + sigma_data**2
+    std = variance.sqrt()
+    c_skip = sigma_data**2 / variance
+    c_out = sigma * sigma_data / std
+    c_in = 1 / std
+    c_noise = sigma.log() / 4
+    return c_skip, c_out, c_in, c_noise
+
+
+class ZeroNullLabelEmbedder(LabelEmbedder):
+    """The null class is the zero vector and has no row in the table (MaskDiT, SD-DiT)."""
+
+    def __init__(self, num_classes, hidden_size, dropout_prob):
+        super().__init__(num_classes, hidden_size, dropout_prob)
+        self.embedding_table = nn.Embedding(num_classes, hidden_size)
+
+    def embed(self, y):
+        known = (y < self.num_classes).unsqueeze(1)
+        return self.embedding_table(y.clamp(max=self.num_classes - 1)) * known
 
 
 class SDDiT(DiT):
@@ -666,6 +620,55 @@ class SDDiT(DiT):
         return output
 
 
+# ---- DiT's own network, which predicts noise
+class DDPMStep(NamedTuple):
+    """A timestep k of a noise-prediction model, and the step from k to the next lower timestep l.
+
+    x_k = alpha_k x + sigma_k eps, with alpha_k^2 + sigma_k^2 = 1. Below the lowest k, x_l is x with
+    alpha_l = 1. Given x and x_k, x_l is normal: its mean is c1 x + c2 x_k, its variance beta_tilde
+    (arXiv 2006.11239, Eq. 7). The fields are floats, or tensors of one shape.
+    """
+
+    k: float
+    alpha: float  # alpha_k
+    sigma: float  # sigma_k
+    log_beta: float  # beta = 1 - alpha_k^2 / alpha_l^2
+    log_beta_tilde: float  # beta_tilde = beta sigma_l^2 / sigma_k^2
+    c1: float  # beta alpha_l / sigma_k^2
+    c2: float  # sqrt(1 - beta) sigma_l^2 / sigma_k^2
+
+    def log_variance(self, output):
+        """Returns the log-variance of the model's own step, from the channels [N, C, H, W] for it.
+
+        1 stands for log beta and -1 for log beta_tilde (arXiv 2102.09672, Eq. 15). Nothing is
+        clamped.
+        """
+        fraction = (output + 1) / 2
+        return fraction * self.log_beta + (1 - fraction) * self.log_beta_tilde
+
+
+def ddpm_schedule(steps=1000):
+    """Returns DiT's 1000 timesteps, or `steps` >= 2 of them in even distances: a list of DDPMStep.
+
+    The list goes from data to noise, from k = 0 to k = 999. At k = 0 beta_tilde is 0, and its
+    logarithm is replaced by the one of the next step (arXiv 2102.09672).
+    """
+    all_alpha = np.sqrt(np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000)))
+    k = np.linspace(0, 999, steps).round()
+    alpha = all_alpha[k.astype(int)]                                  # [steps], as all below
+    alpha_l = np.append(1.0, alpha[:-1])
+    variance = 1 - alpha**2
+    variance_l = 1 - alpha_l**2
+
+    beta = 1 - (alpha / alpha_l) ** 2
+    beta_tilde = beta * variance_l / variance
+    beta_tilde[0] = beta_tilde[1]
+    c1 = beta * alpha_l / variance
+    c2 = alpha / alpha_l * variance_l / variance
+    fields = (k, alpha, np.sqrt(variance), np.log(beta), np.log(beta_tilde), c1, c2)
+    return [DDPMStep(*values) for values in np.stack(fields, axis=1).tolist()]
+
+
 class NoiseDiT(DiT):
     """DiT's own network (arXiv 2212.09748): it predicts eps, and is a velocity model as well.
 
@@ -738,10 +741,10 @@ class NoiseDiT(DiT):
         return v, tokens
 
 
+# ---- Building from a config
 ARCHITECTURES = {"DiT": DiT, "DiverseDiT": DiverseDiT, "SDDiT": SDDiT, "NoiseDiT": NoiseDiT}
 
 
-# ---- Building from a config
 def parse_model(name):
     """Returns the keyword arguments that `--model SIZE/PATCH`, such as XL/2, stands for.
 
