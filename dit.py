@@ -700,7 +700,7 @@ class NoiseDiT(DiT):
     `predict` reads x_k = alpha x + sigma eps at a timestep k (see DDPMStep). Its first C output
     channels are eps, and the others set the variance of a step (see DDPMStep.log_variance).
 
-    `forward` makes a velocity of it, as flow matching has the same image and noise in
+    `forward` turns eps into a velocity, because flow matching has the same image and noise in
         x_t = x_k / (alpha + sigma)  at  t = sigma / (alpha + sigma),  so that
         v = eps - x = eps - (x_k - sigma eps) / alpha = (eps - x_t) / (1 - t).
     Since alpha^2 + sigma^2 = 1, 1 / (alpha + sigma) = hypot(1 - t, t). So the samplers of flow
