@@ -846,13 +846,14 @@ def forward_flops(config, call="forward", **options):
 KEPT = {("bf16", False): 50, ("bf16", True): 38, ("fp32", False): 82, ("fp32", True): 70}
 
 
-def training_memory(config, images, precision, compiled=False, visible=1.0):
+def training_memory(config, images, precision, compiled=False, visible=1.0, gradients_stay=False):
     """Returns the bytes that a training step on `images` at once needs, to about 10 %.
 
     precision: "bf16" or "fp32"; visible: share of the patches that SD-DiT's student sees. A
     parameter takes 16 bytes (weight, Adam's two moments, average), 2 more if autocast copies it,
-    and 4 for its gradient, which comes when what the blocks keep is gone. The constants are fitted
-    to the peaks of PyTorch's allocator for XL/2 at 256 px (attention is flash attention).
+    and 4 for its gradient, which comes when what the blocks keep is gone, unless gradients_stay: of
+    earlier micro-batches, or in DDP's buckets. The constants are fitted to the peaks of PyTorch's
+    allocator for XL/2 at 256 px (attention is flash attention).
     """
     with torch.device("meta"):
         model = build(config)
@@ -868,4 +869,8 @@ def training_memory(config, images, precision, compiled=False, visible=1.0):
         decoder = sum(p.numel() for p in model.decoder_blocks.parameters())
         states += (4 + copies) * (parameters - decoder)  # the teacher is an encoder
         values += tokens * len(model.decoder_blocks) * model.decoder_pos_embed.shape[-1]
-    return states + max(4 * parameters, images * kept * values)
+    gradients = 4 * parameters
+    activations = images * kept * values
+    if gradients_stay:
+        return states + gradients + activations
+    return states + max(gradients, activations)

@@ -418,6 +418,9 @@ def load_autoencoder(name, device="cpu"):
     remedy = "pass the folder that has their config.json, too, or those of Stable Diffusion"
     with explaining(f"--vae {name}: weights of another architecture", remedy):
         autoencoder.load_state_dict(modern_names(weights))
+    if torch.device(device).type == "cuda":
+        torch.backends.cudnn.benchmark = True  # most batches have one shape
+        autoencoder.to(memory_format=torch.channels_last)
     return autoencoder.to(device)
 
 

@@ -805,7 +805,8 @@ def kill(processes):
 def check_memory(config, images, args):
     """Raises UserError, with sizes that fit, if this device cannot train on `images` at once."""
     visible = 1 - vars(args).get("mask_ratio", 0)  # of SD-DiT's student
-    options = (args.precision, args.compile, visible)
+    shared = images < args.batch_size  # with other micro-batches or processes
+    options = (args.precision, args.compile, visible, shared)
     if torch.cuda.is_available():
         memory = torch.cuda.mem_get_info()[1]
     else:

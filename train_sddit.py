@@ -23,6 +23,8 @@
 Commands
     python train_sddit.py --digits                          minutes on a laptop
     torchrun --nproc_per_node=8 train_sddit.py              the paper's run: XL/2, 256 px, fp32
+    torchrun --nproc_per_node=8 train_sddit.py --precision bf16
+                                                            1.6 times as fast on H100 (predicted)
     torchrun --nproc_per_node=8 train_sddit.py --model S/2 --steps 400000
                                                             its ablations, with one of
     --sd-weight 0, --mask-ratio 0.5, --teacher-noise 0.3 or student, --no-cls-condition

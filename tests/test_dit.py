@@ -290,6 +290,9 @@ def test_training_memory_is_that_of_the_allocator(arch, precision, compiled, ima
     visible = 0.8 if arch == "SDDiT" else 1.0
     needed = dit.training_memory(config, images, precision, compiled, visible)
     assert needed == pytest.approx(1e9 * (fixed + each * images), rel=0.1)
+    with_gradients = dit.training_memory(config, images, precision, compiled, visible, True)
+    if arch == "DiT":  # the others have more parameters
+        assert with_gradients - needed == pytest.approx(2.9e9, rel=0.1)
 
 
 # --- conditioning and resolution (arXiv 2411.03177)
