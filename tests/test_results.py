@@ -40,7 +40,7 @@ def test_the_tables_hold_the_figures():
         assert line.endswith(" | ".join(["", *digits.summary(RESULTS, row), ""]).rstrip()), row
     methods = "repa", "diversedit", "sddit"
     last = [100 * digits.figures(RESULTS, row, 1000, "accuracy").mean() for row in methods]
-    assert "accuracy\n(below) {:.0f}, {:.0f} and {:.0f} %".format(*last) in README
+    assert "accuracy is then {:.0f}, {:.0f} and {:.0f} %".format(*last) in README
 
 
 def test_the_logs_hold_the_losses():
