@@ -151,6 +151,7 @@ def parse_args(argv=None):
     add("--repa-depth", type=number(int, 1), nargs="+", metavar="BLOCK",
         help="block that REPA aligns, counted from 1, or several (default: 8 for L and XL, 4 for S"
              " and B, 2 for nano)")
+    digits["lr"] = 4e-3  # 2e-3 and 1e-3 learn more slowly here
     # <<< dit
     if parser.parse_known_args(argv)[0].digits:  # a first pass, to see this one flag
         parser.set_defaults(**digits)
