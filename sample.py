@@ -653,8 +653,8 @@ def check_guidance(args, model, checkpoint, control, sampler):
     if guidance and sampler == "mean":
         flag = f"--cfg {args.cfg:g}" if args.cfg > 1 else f"--control-cfg {args.control_cfg:g}"
         raise UserError(
-            f"{flag}: sampler mean cannot be guided, because guidance mixes velocities and not their"
-            " means; add --sampler ode"
+            f"{flag}: sampler mean cannot be guided, because guidance mixes velocities and not"
+            " their means; add --sampler ode"
         )
     if guidance and not args.guide and not model.y_embedder.dropout_prob:
         raise UserError(
