@@ -443,19 +443,19 @@ def validate_checkpoint(checkpoint, resume):
     """Raises an error unless all parts of a checkpoint are there, are finite and fit each other."""
     expect(checkpoint, dict.fromkeys(["model", "ema", "config", "data", "args"], dict))
     expect(checkpoint["data"], DATA)
-    parts = ["model", "ema"]
+    names = ["model", "ema"]
     if resume:
         expect(checkpoint, {"heads": dict, "opt": dict, "step": range(2**63)})
-        parts.append("heads")
+        names.append("heads")
     with torch.device("meta"):
         model = dit.build(checkpoint["config"])
-    for part in ("model", "ema"):
+    for name in ("model", "ema"):
         # a plain dict: load_state_dict would mark the state dict with `assign`, and the next load
         # would then assign, too, where it should copy
-        model.load_state_dict(dict(checkpoint[part]), assign=True)
-    for part in parts:
-        if not all(value.isfinite().all() for value in checkpoint[part].values()):
-            raise ValueError(f"{part} is not finite")
+        model.load_state_dict(dict(checkpoint[name]), assign=True)
+    for name in names:
+        if not all(value.isfinite().all() for value in checkpoint[name].values()):
+            raise ValueError(f"{name} is not finite")
     classes = len(checkpoint["data"]["classes"])
     if classes != model.num_classes:
         raise ValueError(f"it has names for {classes} classes, its model has {model.num_classes}")
