@@ -132,7 +132,7 @@ def parse_args(argv=None):
     add("--repa-weight", type=number(float, 0), default=0.5,
         help="lambda; 0 trains the plain SiT and reads no targets")
     add("--repa-depth", type=number(int, 1), nargs="+", metavar="BLOCK",
-        help="block whose tokens are aligned, counted from 1, or several (default: 8 for L and XL,"
+        help="block whose tokens are aligned, counted from 1, or several (default: 8 from M on,"
              " 2 for nano, and 4 for S and B, as the authors say in issue 5 of REPA's repository)")
     digits["repa_weight"] = 2.0  # with HOG targets, the weight 0.5 has almost no effect
     # <<< repa
@@ -221,7 +221,7 @@ class Objective(nn.Module):
         self.aligned_blocks = []
         if self.repa_weight > 0:
             size = args.model.split("/")[0]
-            default = {"nano": 2, "S": 4, "B": 4, "L": 8, "XL": 8}[size]
+            default = {"nano": 2, "S": 4, "B": 4, "M": 8, "L": 8, "XL": 8}[size]
             self.aligned_blocks = args.repa_depth or [default]
             self.alignment = Alignment(model, self.aligned_blocks, meta)
 

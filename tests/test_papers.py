@@ -489,7 +489,7 @@ def test_defaults(script):
     assert {name: found[name] for name in DEFAULTS[script]} == DEFAULTS[script]
 
 
-@pytest.mark.parametrize("size, repa, diversedit", [("S", 4, 5), ("B", 4, 5), ("L", 8, 8), ("XL", 8, 8)])
+@pytest.mark.parametrize("size, repa, diversedit", [("S", 4, 5), ("B", 4, 5), ("M", 8, 8), ("L", 8, 8), ("XL", 8, 8)])
 def test_blocks_that_the_rows_name(size, repa, diversedit):
     """REPA#5 and table 6 of REPA; table A1 of DiverseDiT."""
     meta = {"target_widths": [768]}

@@ -213,7 +213,7 @@ def draw_curves(results, path):
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
     for i, (row, (name, _, command)) in enumerate(ROWS.items()):
-        line, colour = axes[int("sddit" in command)], f"C{i}"
+        line, colour = axes[int("sddit" in command)], plt.get_cmap("tab20").colors[i]
         for axis, key, scale in zip(line, ("accuracy", "fd"), (100, 1), strict=True):
             values = [scale * figures(results, row, step, key) for step in STEPS]
             mean, spread = np.mean(values, axis=1), np.std(values, axis=1, ddof=1)
