@@ -891,6 +891,7 @@ def explaining(what, remedy):
 
 
 def first_sentence(error):
+    """Returns the first sentence of an exception's text, or its type if there is no text."""
     text = " ".join(str(error).split())
     return text.split(". ")[0][:200] or type(error).__name__
 
@@ -939,10 +940,10 @@ def is_given(path, args):
 
 
 def open_standard_streams():
-    """Opens the null device in place of stdin, stdout and stderr if they were closed.
+    """Opens the null device in place of those of stdin, stdout and stderr that are closed.
 
     A program that is started with `2>&-` has no file 2. The next file that it opens would get this
-    descriptor, and warnings would be written into it.
+    number, and warnings would be written into it.
     """
     for descriptor in (0, 1, 2):
         try:
