@@ -48,8 +48,8 @@ from extract_features import load_autoencoder, per_channel, spread
 from files import UserError, number
 
 # ---- samplers
-# They are functions of a velocity model(x, t), a start x and a list of times, and keep x in
-# float64. Each t is a float. Only noise() has a state.
+# They are functions of model(x, t), a start x and a list of times; t is a float. They keep x in
+# float64. Only noise() has a state.
 
 
 def ode_times(steps, first=1.0):
@@ -644,7 +644,7 @@ def prepare(args, device):
 
 
 def check_outputs(args):
-    """Refuses an --out that exists, and a --grid that is a folder or lies in none."""
+    """Refuses an --out that exists, and a --grid that is a folder or whose folder is missing."""
     if args.out and args.out.exists():
         raise UserError(f"--out {args.out} exists; delete it or choose another name")
     if args.grid and (not args.grid.parent.is_dir() or args.grid.is_dir()):
