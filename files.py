@@ -596,7 +596,7 @@ def write_tensors(path, tensors):
 def read_json(path, expected=None):
     """Returns the dict in a JSON file. Raises UserError if it lacks what is `expected`."""
     with explaining(f"{path}: damaged", "delete the folder and make it again"):
-        entries = dict(json.loads(Path(path).read_text()))
+        entries = dict(json.loads(Path(path).read_text()).items())
         expect(entries, expected or {})
         return entries
 
