@@ -1311,7 +1311,7 @@ def parse_args(argv=None):
         help="also encode the mirrored image, as a second view")
     add("--crops", type=number(int, 0, 1000), default=0, metavar="K",
         help="also encode K random squares")
-    add("--seed", type=files.SEED, default=0,
+    add("--seed", type=files.seed_number, default=0,
         help="seed of the random squares")
     add("--limit", type=number(int, 1),
         help="take only this many images, evenly spread over the source")
