@@ -6,14 +6,15 @@
     SDDiT       masked encoder, decoder and EDM preconditioning of SD-DiT (2403.17004)
     NoiseDiT    DiT's own network, which predicts the noise and a variance (2212.09748)
 
-All have the control conditioning of arXiv 2411.03177 and its transfer to a higher resolution.
-Nothing here reads a file, knows about processes or holds a loss. `build(config)` makes a model from
-the `config` of its checkpoint.
+Read `DiTBlock` and `DiT.forward` first. The other architectures are subclasses of DiT, and each
+stands below what it alone needs. All have the control conditioning of arXiv 2411.03177 and its
+transfer to a higher resolution. `build(config)` makes a model from the `config` of its checkpoint.
+Nothing here reads a file, knows about processes or holds a loss.
 
-The state dict of a plain DiT has the names and shapes of REPA's checkpoints, that of a NoiseDiT
-those of DiT's: twice as many output channels. SiT's files have these as well and do not use them.
-Control, an interval and long residuals add tensors, and class tokens widen the label table. An
-SDDiT adds a CLS token and a decoder; its label table and its last layer have shapes of their own.
+A plain DiT has the names and shapes of REPA's checkpoints. A NoiseDiT has those of DiT's, with
+twice as many output channels. SiT's checkpoints have these channels, too, but do not use them.
+Control, `interval` and long residuals add tensors. Class tokens widen the label table. An SDDiT
+adds a CLS token and a decoder, and its label table and its last layer have shapes of their own.
 
 Every file says where it deviates from a paper or from the authors' code, always in this form:
     paper: what the paper says / official code: what the authors' code does / here: what this file
@@ -21,8 +22,8 @@ Every file says where it deviates from a paper or from the authors' code, always
 A part is left out if there is nothing to say.
 
 Shapes stand in the right margin. N: batch. C, H, W: channels, height and width of the latent.
-P: side of a patch. G = H/P: side of the grid. T = G G: number of patches. D: width of the network
-(hidden_size).
+P: side of a patch. G = H/P: side of the grid. T = G G: number of patches. K: number of class
+tokens, 0 by default. D: width of the network (hidden_size).
 """
 
 import math
@@ -45,39 +46,35 @@ SIZES = {  # name: (blocks, width, heads)
 }
 
 
-# ---- Small functions
+# ---- Positions and time
 def sincos_positions(side, width, base=None):
     """Fixed 2-D sin-cos positions of a `side` x `side` grid of tokens: float64 [side^2, width].
 
     The first half of the channels encodes the column, the second half the row. Each half holds the
-    sines, then the cosines. Position i is encoded as i * base / side. If `base` is the grid of a
-    model trained at a lower resolution, the image keeps its extent (interpolation, arXiv
-    2411.03177). With the default, `side`, positions continue beyond that grid (extrapolation).
+    sines, then the cosines. Position i is encoded as i * base / side. By default, base = side, and
+    a larger grid has positions that a model trained on a smaller one has never seen
+    (extrapolation). With the smaller grid as `base`, they stay below it (interpolation, arXiv
+    2411.03177). Raises ValueError unless the width is a multiple of 4.
+
     paper: it "adjusts the sampling grid" / here: positions are scaled without a half-pixel shift.
-    Raises ValueError unless the width is a multiple of 4.
     """
     if width % 4:
         raise ValueError(f"width {width} must be a multiple of 4")
     frequencies = 10000.0 ** (-np.arange(width // 4) / (width // 4))
     positions = np.arange(side) * (base or side) / side
     angles = np.outer(positions, frequencies)                         # [side, D/4]
-    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)   # [side, D/2]
-    column = np.tile(axis, (side, 1))                                 # [side^2, D/2]
-    row = np.repeat(axis, side, axis=0)                               # [side^2, D/2]
+    encoding = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # [side, D/2]
+    column = np.tile(encoding, (side, 1))                             # [side^2, D/2]
+    row = np.repeat(encoding, side, axis=0)                           # [side^2, D/2]
     return np.concatenate([column, row], axis=1)
-
-
-def modulate(x, shift, scale):
-    """Shifts and scales all tokens x [N, T, D] of an image alike; shift and scale are [N, 1, D]."""
-    return x * (1 + scale) + shift
 
 
 def shift_time(t, s):
     """Returns the time t' at which an image s times as wide looks as noisy as this one at time t.
 
-    SNR(t') = SNR(t) / s^2, because averaging s^2 pixels divides the variance of the noise by s^2.
-    The law is from arXiv 2411.03177 (figure A1), its closed form from SD3 (2403.03206).
-    The inverse is the shift by 1 / s.
+    Seen at the same size, s^2 of its pixels are averaged into one, which divides the variance of
+    the noise by s^2. So it needs more noise: SNR(t') = SNR(t) / s^2. This law is from arXiv
+    2411.03177 (figure A1), its closed form from SD3 (2403.03206). The inverse shifts by 1 / s.
     """
     return s * t / (1 + (s - 1) * t)
 
@@ -90,8 +87,8 @@ def normal_from_uniform(uniform, mean, std):
 def training_time(uniform, time_normal=None, time_shift=1.0):
     """Turns uniform numbers in [0, 1) into the times t at which a flow-matching model trains.
 
-    With time_normal = (mean, std), logit t ~ N(mean, std^2) (SD3, arXiv 2403.03206); otherwise t is
-    uniform. Both are then shifted, see shift_time.
+    With time_normal = (mean, std), logit t ~ N(mean, std^2) (SD3, arXiv 2403.03206). Otherwise t is
+    uniform. In both cases t is then shifted (see shift_time).
     """
     t = uniform
     if time_normal is not None:
@@ -99,84 +96,23 @@ def training_time(uniform, time_normal=None, time_shift=1.0):
     return shift_time(t, time_shift)
 
 
-def edm_coefficients(sigma, sigma_data=0.5):
-    """Returns EDM's c_skip, c_out, c_in, c_noise (arXiv 2206.00364), each of the shape of sigma.
-
-    The denoiser is D = c_skip x + c_out F(c_in x, c_noise).
-    """
-    variance = sigma**2 + sigma_data**2
-    std = variance.sqrt()
-    c_skip = sigma_data**2 / variance
-    c_out = sigma * sigma_data / std
-    c_in = 1 / std
-    c_noise = sigma.log() / 4
-    return c_skip, c_out, c_in, c_noise
-
-
-class DDPMStep(NamedTuple):
-    """A timestep k of a noise-prediction model, and the step from k to the next lower timestep l.
-
-    x_k = alpha_k x + sigma_k eps, with alpha_k^2 + sigma_k^2 = 1. Below the lowest k, x_l is x with
-    alpha_l = 1. Given x and x_k, x_l is normal: its mean is c1 x + c2 x_k, its variance beta_tilde
-    (arXiv 2006.11239, Eq. 7). The fields are floats, or tensors of one shape.
-    """
-
-    k: float
-    alpha: float  # alpha_k
-    sigma: float  # sigma_k
-    log_beta: float  # beta = 1 - alpha_k^2 / alpha_l^2
-    log_beta_tilde: float  # beta_tilde = beta sigma_l^2 / sigma_k^2
-    c1: float  # beta alpha_l / sigma_k^2
-    c2: float  # sqrt(1 - beta) sigma_l^2 / sigma_k^2
-
-    def log_variance(self, output):
-        """Returns the log-variance of the model's own step, from the channels [N, C, H, W] for it.
-
-        1 stands for log beta and -1 for log beta_tilde (arXiv 2102.09672, Eq. 15). Nothing is
-        clamped.
-        """
-        fraction = (output + 1) / 2
-        return fraction * self.log_beta + (1 - fraction) * self.log_beta_tilde
-
-
-def ddpm_schedule(steps=1000):
-    """Returns DiT's 1000 timesteps, or `steps` >= 2 of them in even distances: a list of DDPMStep.
-
-    The list goes from data to noise, from k = 0 to k = 999. At k = 0 beta_tilde is 0, and its
-    logarithm is replaced by the one of the next step (arXiv 2102.09672).
-    """
-    all_alpha = np.sqrt(np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000)))
-    k = np.linspace(0, 999, steps).round()
-    alpha = all_alpha[k.astype(int)]                                  # [steps], as all below
-    alpha_l = np.append(1.0, alpha[:-1])
-    variance = 1 - alpha**2
-    variance_l = 1 - alpha_l**2
-
-    beta = 1 - (alpha / alpha_l) ** 2
-    beta_tilde = beta * variance_l / variance
-    beta_tilde[0] = beta_tilde[1]
-    c1 = beta * alpha_l / variance
-    c2 = alpha / alpha_l * variance_l / variance
-    fields = (k, alpha, np.sqrt(variance), np.log(beta), np.log(beta_tilde), c1, c2)
-    return [DDPMStep(*values) for values in np.stack(fields, axis=1).tolist()]
-
-
-def without_autocast(tensor):
+# ---- Embedders
+def autocast_off(tensor):
     """Returns a context in which autocast is off on the device of this tensor."""
+    # not tensor.device.type, because the meta device (see forward_flops) has no autocast
     return torch.autocast("cuda" if tensor.is_cuda else "cpu", enabled=False)
 
 
-# ---- Embedders
 class Sinusoids(nn.Module):
-    """Turns values [...] into [cos | sin] of angles, [..., 2 * frequencies].
+    """Turns values [...] into [cos | sin] of angles, [..., 2 * num_frequencies].
 
     The periods grow from 2 pi towards 2 pi 10000.
     """
 
-    def __init__(self, frequencies=128):
+    def __init__(self, num_frequencies=128):
         super().__init__()
-        steps = torch.arange(frequencies, dtype=torch.float32)
-        omega = torch.exp(-math.log(10000.0) * steps / frequencies)
+        steps = torch.arange(num_frequencies, dtype=torch.float32)
+        omega = torch.exp(-math.log(10000.0) * steps / num_frequencies)
         self.register_buffer("omega", omega, persistent=False)
 
     def forward(self, values):
@@ -184,20 +120,20 @@ class Sinusoids(nn.Module):
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def sinusoid_mlp(values, hidden_size):
-    """Returns a two-layer MLP that reads 256 sinusoids of each of its `values`."""
+def sinusoid_mlp(num_values, hidden_size):
+    """Returns a two-layer MLP that reads `num_values` values, each as 256 sinusoids."""
     return nn.Sequential(
-        nn.Linear(256 * values, hidden_size),
+        nn.Linear(256 * num_values, hidden_size),
         nn.SiLU(),
         nn.Linear(hidden_size, hidden_size),
     )
 
 
 class TimestepEmbedder(nn.Module):
-    """Time t -> sinusoids -> MLP.
+    """Embeds a time t by sinusoids and an MLP, in fp32 even under autocast.
 
     SiT and REPA feed t in [0, 1]. Their authors meant 1000 t (SiT#24, REPA#40), but their
-    checkpoints need t itself. The embedding is computed in fp32, also under autocast.
+    checkpoints need t itself.
     """
 
     def __init__(self, hidden_size):
@@ -206,7 +142,7 @@ class TimestepEmbedder(nn.Module):
         self.sinusoids = Sinusoids()
 
     def forward(self, t):                                             # [N]
-        with without_autocast(t):
+        with autocast_off(t):
             return self.mlp(self.sinusoids(t))                        # [N, D]
 
 
@@ -215,16 +151,18 @@ class ControlEmbedder(nn.Module):
 
     A network that knows the original size can train on images of low resolution without learning
     to draw blurred ones. The condition c gains
-        gamma(t) low(h0, w0) + high(top / h0, left / w0, h / h0, w / w0, flip)
+        gamma(t) size_mlp(h0, w0) + layout_mlp(top / h0, left / w0, h / h0, w / w0, flip)
         gamma(t) = (1 - cos(pi (1 - t)^alpha)) / 2,  t = 1 noise, t = 0 data       mode "cosine"
         gamma(t) = 1, the micro-conditioning of SDXL (2307.01952)                  mode "constant"
 
     Sharpness is decided late in sampling, so the weight of the size is 0 at pure noise. Crop and
     flip move the layout, which is decided early, so their weight is 1. A row of zeros means that
     there is no control: it adds 0.
+
     paper: gamma rises from 0 at t = 1 to 1 at t = 0 with a parameter alpha (figure 3) / here: it is
-    a power-cosine. We could not read the formula; this one fits figure 3.
-    paper: we could not read the weight and the scale of crop and flip / here: they are 1 and 1000.
+    a power-cosine, because we could not read the formula, and this one fits figure 3.
+    paper: crop and flip have a weight and a scale that we could not read / here: the weight is 1
+    and the scale is 1000.
     """
 
     def __init__(self, hidden_size, mode="cosine", alpha=1.0):
@@ -236,8 +174,8 @@ class ControlEmbedder(nn.Module):
         self.mode = mode
         self.alpha = alpha
         self.sinusoids = Sinusoids()
-        self.low = sinusoid_mlp(2, hidden_size)
-        self.high = sinusoid_mlp(5, hidden_size)
+        self.size_mlp = sinusoid_mlp(2, hidden_size)
+        self.layout_mlp = sinusoid_mlp(5, hidden_size)
 
     def gamma(self, t):                                               # [N]
         if self.mode == "constant":
@@ -248,24 +186,31 @@ class ControlEmbedder(nn.Module):
     def forward(self, control, t):
         """Returns what c gains, [N, D] in fp32, from control [N, 7] at times t [N].
 
-        control: h0, w0, top, left, h, w in pixels of the original image, and flip, which is 0 or 1.
+        A row of control is h0, w0 (the original size), top, left, h, w (the crop), all in pixels of
+        the original image, and flip, which is 0 or 1.
         """
-        with without_autocast(t):
+        with autocast_off(t):
             h0, w0, top, left, h, w, flip = control.float().unbind(1)  # [N] each
             given = (h0 > 0).unsqueeze(1)                             # [N, 1]
             h0 = h0.clamp(min=1)  # avoids 0 / 0 in a row of zeros
             w0 = w0.clamp(min=1)
 
+            # our limit: an image of more than 4096 pixels a side counts as equally sharp
             size = torch.stack([h0, w0], dim=1).clamp(max=4096)       # [N, 2]
+            c_size = self.size_mlp(self.sinusoids(size).flatten(1))   # [N, D]
+
             layout = torch.stack([top / h0, left / w0, h / h0, w / w0, flip], dim=1)
-            low = self.low(self.sinusoids(size).flatten(1))           # [N, D]
-            high = self.high(self.sinusoids(1000 * layout).flatten(1))
+            c_layout = self.layout_mlp(self.sinusoids(1000 * layout).flatten(1))
+
             gamma = self.gamma(t.float()).unsqueeze(1)                # [N, 1]
-            return given * (gamma * low + high)
+            return given * (gamma * c_size + c_layout)
 
 
 class LabelEmbedder(nn.Module):
-    """Class label -> row of a table; the last row is the null class of classifier-free guidance."""
+    """Looks class labels up in a table. Its last row is the null class of classifier-free guidance.
+
+    Without dropout there is no null class.
+    """
 
     def __init__(self, num_classes, hidden_size, dropout_prob):
         super().__init__()
@@ -277,7 +222,7 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(rows, hidden_size)
 
     def forward(self, y, drop=None):
-        """Embeds labels y [N]. drop [N] bool: labels to replace by the null class.
+        """Embeds labels y [N]. drop [N] bool says which labels become the null class.
 
         Training draws `drop` with the probability `dropout_prob`.
         """
@@ -286,25 +231,18 @@ class LabelEmbedder(nn.Module):
         return self.embed(y)                                          # [N, D]
 
     def embed(self, y):
-        """Looks labels up, null ones too. ZeroNullLabelEmbedder overrides this."""
+        """Looks labels up, including the null class. ZeroNullLabelEmbedder overrides this."""
         return self.embedding_table(y)
-
-
-class ZeroNullLabelEmbedder(LabelEmbedder):
-    """The null class is the zero vector and has no row in the table (MaskDiT, SD-DiT)."""
-
-    def __init__(self, num_classes, hidden_size, dropout_prob):
-        super().__init__(num_classes, hidden_size, dropout_prob)
-        self.embedding_table = nn.Embedding(num_classes, hidden_size)
-
-    def embed(self, y):
-        known = (y < self.num_classes).unsqueeze(1)
-        return self.embedding_table(y.clamp(max=self.num_classes - 1)) * known
 
 
 # ---- Block and final layer
 PlainNorm = partial(nn.LayerNorm, elementwise_affine=False, eps=1e-6)
 TanhGELU = partial(nn.GELU, approximate="tanh")
+
+
+def modulate(x, shift, scale):
+    """Shifts and scales all tokens x [N, T, D] of an image alike; shift and scale are [N, 1, D]."""
+    return x * (1 + scale) + shift
 
 
 class DiTBlock(nn.Module):
@@ -353,16 +291,16 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))  # [N, T, out_size]
 
 
-# ---- Architectures
+# ---- DiT
 class DiT(nn.Module):
     """Diffusion transformer with adaLN-Zero blocks.
 
-    It predicts as many channels as it reads, as REPA does; NoiseDiT adds those of the variance. The
-    keyword arguments up to qk_norm have the official names; those from control on are our own.
+    It predicts as many channels as it reads, as REPA does. NoiseDiT adds those of the variance. The
+    keyword arguments up to qk_norm have the official names. Those from control on are our own.
     """
 
-    first_time = 1.0  # where sampling starts: pure noise
-    outputs = 1  # what the last layer predicts, in multiples of in_channels
+    first_time = 1.0  # sampling starts here, at pure noise
+    outputs = 1  # the last layer predicts outputs * in_channels channels
 
     def __init__(
         self,
@@ -381,7 +319,7 @@ class DiT(nn.Module):
         class_tokens=0,  # 0 adds the class to c; K > 0 feeds it as K tokens before the patches
         pos_base=None,  # see sincos_positions
         time_shift=1.0,  # see shift_time
-        interval=False,  # True embeds t - r, too: see forward
+        interval=False,  # True embeds t - r as well: see forward
     ):
         """Raises ValueError if sizes do not divide, or if control or control_alpha is invalid."""
         super().__init__()
@@ -410,20 +348,21 @@ class DiT(nn.Module):
         self.control_embedder = None
         if control != "none":
             self.control_embedder = ControlEmbedder(hidden_size, control, control_alpha)
-        self.h_embedder = TimestepEmbedder(hidden_size) if interval else None
+        self.h_embedder = TimestepEmbedder(hidden_size) if interval else None  # of t - r
         self.initialize_weights()
 
     def initialize_weights(self):
-        """Draws the first weights: Xavier for layers, small normal numbers for embeddings.
+        """Draws the first weights: Xavier for linear layers, small normal numbers for embeddings.
 
-        The zeros of adaLN-Zero make the first output 0.
+        The zeros of adaLN-Zero make the first output 0, and at first control changes nothing.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
-        for module in self.modules():  # again, because Xavier would overwrite the zeros
+        # a second pass, because modules() yields a block before the linear layers inside it
+        for module in self.modules():
             if isinstance(module, (DiTBlock, FinalLayer)):
                 nn.init.zeros_(module.adaLN_modulation[-1].weight)
             if isinstance(module, FinalLayer):
@@ -432,15 +371,14 @@ class DiT(nn.Module):
         patch = self.x_embedder.proj
         nn.init.xavier_uniform_(patch.weight.view(patch.out_channels, -1))
         nn.init.zeros_(patch.bias)
-        mlp = self.t_embedder.mlp
-        for layer in (self.y_embedder.embedding_table, mlp[0], mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-        if self.h_embedder is not None:
-            for layer in (self.h_embedder.mlp[0], self.h_embedder.mlp[2]):
-                nn.init.normal_(layer.weight, std=0.02)
 
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for embedder in (self.t_embedder, self.h_embedder):
+            if embedder is not None:
+                nn.init.normal_(embedder.mlp[0].weight, std=0.02)
+                nn.init.normal_(embedder.mlp[2].weight, std=0.02)
         if self.control_embedder is not None:
-            for mlp in (self.control_embedder.low, self.control_embedder.high):
+            for mlp in (self.control_embedder.size_mlp, self.control_embedder.layout_mlp):
                 nn.init.normal_(mlp[0].weight, std=0.02)
                 nn.init.zeros_(mlp[2].weight)
 
@@ -448,14 +386,15 @@ class DiT(nn.Module):
         """Returns the fixed position table [1, T, width] of this model's grid."""
         table = sincos_positions(self.grid, width, self.pos_base)
         table = torch.tensor(table[None], dtype=torch.float32)
-        return nn.Parameter(table, requires_grad=False)
+        return nn.Parameter(table, requires_grad=False)  # no buffer, as in the official code
 
     def condition(self, t, unshifted_t, y, drop, control, r=None):
-        """Returns the condition c [N, D] and the K class tokens [N, K, D] that precede the patches.
+        """Returns the condition c [N, D] and the sequence of class tokens [N, K, D].
 
-        t [N] is embedded, and t - r if the model has the option `interval`. unshifted_t [N], the
-        time before any shift (see shift_time), weighs the control: it says how noisy an image
-        looks, at every resolution.
+        t [N] is embedded, and so is t - r if the model has the option `interval`. The weight of the
+        control depends on unshifted_t [N], the time before any shift (see shift_time), because that
+        says how noisy an image looks, whatever its resolution. The class tokens precede the
+        patches. By default K = 0, and the class is added to c.
         """
         c = self.t_embedder(t)                                        # [N, D]
         if self.h_embedder is not None:
@@ -463,13 +402,13 @@ class DiT(nn.Module):
             c = c + self.h_embedder(h)
         elif r is not None:
             raise ValueError("r needs a model with the option `interval`")
-        classes = self.y_embedder(y, drop)                            # [N, D] or [N, K D]
+        label = self.y_embedder(y, drop)                              # [N, D] or [N, K D]
         if self.control_embedder is not None and control is not None:
             c = c + self.control_embedder(control, unshifted_t)
         if self.class_tokens:
-            return c, classes.unflatten(1, (self.class_tokens, self.hidden_size))
-        # no class tokens: an empty sequence, so that torch.cat needs no branch
-        return c + classes, c.new_empty(len(c), 0, self.hidden_size)
+            return c, label.unflatten(1, (self.class_tokens, self.hidden_size))
+        empty_sequence = c.new_empty(len(c), 0, self.hidden_size)
+        return c + label, empty_sequence
 
     def unpatchify(self, x):                                          # [N, T, P*P*C]
         G, P, C = self.grid, self.patch_size, self.outputs * self.in_channels
@@ -477,11 +416,11 @@ class DiT(nn.Module):
         return x.reshape(-1, C, G * P, G * P)                         # [N, C, H, W]
 
     def control_time(self, t):
-        """Returns the time before any shift (see shift_time), which weighs the control."""
+        """Returns the time before any shift, on which the weight of the control depends."""
         return shift_time(t, 1 / self.time_shift)
 
     def run_block(self, block, x, c):
-        """Runs a block. Every block of every architecture passes here, also in SD-DiT's decoder.
+        """Runs one block. Every block of every architecture runs here, even in SD-DiT's decoder.
 
         For gradient checkpointing, return this instead:
             torch.utils.checkpoint.checkpoint(block, x, c, use_reentrant=False)
@@ -494,33 +433,38 @@ class DiT(nn.Module):
             x = self.run_block(block, x, c)
             yield x
 
-    def last_tokens(self, x, c, return_blocks=()):
-        """Returns the tokens after the last block, and {b: the tokens after block b} as asked for.
+    def run_all_blocks(self, x, c, return_blocks=()):
+        """Returns the tokens after the last block, and {b: tokens after block b} for return_blocks.
 
-        Other tokens are not kept, because sampling has no use for them.
+        It does not keep other tokens, because sampling has no use for them.
         """
+        last = len(self.blocks)
         kept = {}
         for b, tokens in enumerate(self.run_blocks(x, c), start=1):
-            if b in return_blocks:
+            if b == last or b in return_blocks:
                 kept[b] = tokens                                      # [N, K + T, D]
-        return tokens, kept
+        return kept[last], kept
 
-    def forward(self, x, t, y, drop=None, control=None, return_blocks=None, r=None):
-        """Returns the velocity [N, C, H, W] of noisy latents x at times t [N] for classes y [N].
+    def forward(self, x_t, t, y, drop=None, control=None, return_blocks=None, r=None):
+        """Returns the velocity [N, C, H, W] of noisy latents x_t at times t [N] for classes y [N].
 
-        A model with the option `interval` is MeanFlow's (arXiv 2505.13447): it returns u(x, r, t),
-        the mean velocity from time r [N] to t. By default r = t, where u is the velocity.
-        t = 1 is noise. drop [N] bool: labels to replace by the null class. control [N, 7]: see
-        ControlEmbedder. return_blocks: numbers of blocks, counted from 1. With them, it returns the
-        velocity and a list of the tokens [N, T, D] after these blocks, in this order.
-        Raises KeyError if there is no such block, and ValueError for an r without `interval`.
+        t = 1 is noise. drop [N] bool says which labels become the null class. control [N, 7]: see
+        ControlEmbedder.
+
+        return_blocks: None, or a list of block numbers, counted from 1. With a list, even an empty
+        one, it returns the velocity and a list of the tokens [N, T, D] after these blocks, in this
+        order. Raises KeyError if there is no such block.
+
+        A model with the option `interval` is MeanFlow's (arXiv 2505.13447). It returns the mean
+        velocity u(x_t, r, t) from time r [N] to t. By default r = t, where u is the velocity.
+        Raises ValueError for an r without `interval`.
         """
         unshifted_t = self.control_time(t)
-        c, classes = self.condition(t, unshifted_t, y, drop, control, r)
-        patches = self.x_embedder(x) + self.pos_embed                 # [N, T, D]
-        tokens = torch.cat([classes, patches], dim=1)                 # [N, K + T, D]
+        c, class_sequence = self.condition(t, unshifted_t, y, drop, control, r)
+        patches = self.x_embedder(x_t) + self.pos_embed               # [N, T, D]
+        tokens = torch.cat([class_sequence, patches], dim=1)          # [N, K + T, D]
 
-        tokens, kept = self.last_tokens(tokens, c, return_blocks or ())
+        tokens, kept = self.run_all_blocks(tokens, c, return_blocks or ())
 
         K = self.class_tokens
         v = self.unpatchify(self.final_layer(tokens[:, K:], c))       # [N, C, H, W]
@@ -529,10 +473,11 @@ class DiT(nn.Module):
         return v, [kept[b][:, K:] for b in return_blocks]
 
 
+# ---- DiverseDiT
 class LongResidual(nn.Module):
     """R of DiverseDiT: x <- Linear(LayerNorm([x, skip])), without an identity path.
 
-    At initialisation its output has RMS sqrt(4/3), whatever the scale of its input.
+    So it forgets the scale of its input: at initialisation its output has RMS sqrt(4/3).
     """
 
     def __init__(self, hidden_size):
@@ -550,9 +495,11 @@ class LongResidual(nn.Module):
 class DiverseDiT(DiT):
     """DiT whose deep half receives the inputs of the shallow half (arXiv 2603.04239, Eq. 8).
 
-    Blocks are counted from 1, and there are L. Just before block L - i runs, its input x becomes
-    R([x, input of block 1 + i]), for i = 0 .. L/2 - 1. So the last block sees the patch embedding
-    again. A plain DiT checkpoint lacks only `long_residuals`.
+    Each block of the shallow half puts its input on a stack, and each block of the deep half takes
+    one off: just before it runs, its own input x becomes R([x, the input taken off]). So of L
+    blocks, block L/2 + 1 gets the input of block L/2, and the last block gets that of the first,
+    the patch embedding. A plain DiT checkpoint lacks only `long_residuals`.
+
     official code: train.py fuses after the block has run, with its output / here: R fuses before
     the block runs, because Eq. 8 and its index range say so, and because the authors' second model
     file pairs the blocks the same way.
@@ -580,15 +527,44 @@ class DiverseDiT(DiT):
             yield x
 
 
+# ---- SD-DiT
+def edm_coefficients(sigma, sigma_data=0.5):
+    """Returns EDM's c_skip, c_out, c_in, c_noise (arXiv 2206.00364), each of the shape of sigma.
+
+    The denoiser is D = c_skip x + c_out F(c_in x, c_noise).
+    """
+    variance = sigma**2 + sigma_data**2
+    std = variance.sqrt()
+    c_skip = sigma_data**2 / variance
+    c_out = sigma * sigma_data / std
+    c_in = 1 / std
+    c_noise = sigma.log() / 4
+    return c_skip, c_out, c_in, c_noise
+
+
+class ZeroNullLabelEmbedder(LabelEmbedder):
+    """A LabelEmbedder whose null class is the zero vector, without a row (MaskDiT, SD-DiT)."""
+
+    def __init__(self, num_classes, hidden_size, dropout_prob):
+        super().__init__(num_classes, hidden_size, dropout_prob)
+        self.embedding_table = nn.Embedding(num_classes, hidden_size)
+
+    def embed(self, y):
+        known = (y < self.num_classes).unsqueeze(1)
+        return self.embedding_table(y.clamp(max=self.num_classes - 1)) * known
+
+
 class SDDiT(DiT):
     """Encoder on a CLS token and visible patches, decoder on all patches, EDM (arXiv 2403.17004).
 
     The DiT's blocks are the encoder. Masked patches skip it and are put back, as noised embeddings,
     before the decoder, whose width is the same for every size. The network predicts F of EDM's
     D = c_skip x + c_out F (see edm_coefficients). V is the number of visible patches.
-    paper: the width of the 8 decoder blocks is not stated / here: it is 512, as in MaskDiT.
-    paper: where masked patches rejoin is not stated / here: they rejoin at the encoder's width.
-    paper: the way of the CLS token is not stated / here: encoded, it joins the decoder's condition.
+
+    paper: it does not state the width of the 8 decoder blocks / here: it is 512, as in MaskDiT.
+    paper: it does not state where masked patches rejoin / here: they rejoin at the encoder's width.
+    paper: it does not state where the CLS token goes / here: the encoded token is added to the
+    decoder's condition.
     We made these choices because, with the head, they give the published 740.6M parameters of XL/2.
     """
 
@@ -603,7 +579,7 @@ class SDDiT(DiT):
     ):
         super().__init__(qk_norm=qk_norm, **options)
         width = self.hidden_size
-        self.y_embedder = ZeroNullLabelEmbedder(
+        self.y_embedder = ZeroNullLabelEmbedder(  # replaces DiT's
             self.num_classes,
             self.y_embedder.embedding_table.embedding_dim,
             self.y_embedder.dropout_prob,
@@ -611,6 +587,7 @@ class SDDiT(DiT):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.cls_embedder = nn.Linear(width, width) if cls_condition else None
 
+        # a modulated norm and a linear map from the encoder's width to the decoder's
         self.decoder_embed = FinalLayer(width, decoder_width)
         self.decoder_pos_embed = self.positions(decoder_width)
         self.decoder_blocks = nn.ModuleList(
@@ -626,56 +603,108 @@ class SDDiT(DiT):
     def encode(self, x, sigma, y, drop=None, visible=None, control=None):
         """Returns the encoded tokens [N, 1 + V, D], all patch embeddings [N, T, D] and c [N, D].
 
-        The tokens are CLS and the visible patches. visible [N, V]: their indices; None for all.
+        The tokens are CLS and the visible patches. visible [N, V] has the indices of these patches.
+        With None, all are visible.
         """
         _, _, c_in, c_noise = edm_coefficients(sigma)
-        # t = s' / (1 + s') of flow matching, at the unshifted noise level s' = sigma / time_shift
+        # unshifted, the noise level is s = sigma / time_shift; flow matching has it at s / (1 + s)
         unshifted_t = sigma / (self.time_shift + sigma)
-        c, classes = self.condition(c_noise, unshifted_t, y, drop, control)
+        c, class_sequence = self.condition(c_noise, unshifted_t, y, drop, control)
 
         patches = self.x_embedder(c_in.view(-1, 1, 1, 1) * x) + self.pos_embed
         visible_patches = patches                                     # [N, V, D]
         if visible is not None:
             visible_patches = patches.take_along_dim(visible.unsqueeze(2), dim=1)
         cls = self.cls_token.expand(len(x), -1, -1)                   # [N, 1, D]
-        h = torch.cat([classes, cls, visible_patches], dim=1)         # [N, K + 1 + V, D]
-        h, _ = self.last_tokens(h, c)
-        return h[:, self.class_tokens :], patches, c
+        tokens = torch.cat([class_sequence, cls, visible_patches], dim=1)  # [N, K + 1 + V, D]
+        tokens, _ = self.run_all_blocks(tokens, c)
+        return tokens[:, self.class_tokens :], patches, c
 
-    def forward(self, x, t, y, drop=None, control=None, visible=None, return_tokens=False):
-        """Returns F [N, C, H, W] of noisy latents x at noise levels t [N] for classes y [N].
+    def forward(self, x, sigma, y, drop=None, control=None, visible=None, return_tokens=False):
+        """Returns F [N, C, H, W] of noisy latents x at noise levels sigma [N] for classes y [N].
 
-        The noise level sigma is called t here, because sample.py calls every model alike:
-        model(x, t, y). drop, control: see DiT. visible: see encode. With return_tokens, it returns
-        F and the encoded tokens.
+        drop, control: see DiT.forward. visible: see encode. With return_tokens, it returns F and
+        the encoded tokens.
         """
-        tokens, patches, c = self.encode(x, t, y, drop, visible, control)
+        encoded, patches, c = self.encode(x, sigma, y, drop, visible, control)
         if self.cls_embedder is not None:
-            cls = nn.functional.layer_norm(tokens[:, 0], (self.hidden_size,), eps=1e-6)
+            cls = nn.functional.layer_norm(encoded[:, 0], (self.hidden_size,), eps=1e-6)
             c = c + self.cls_embedder(cls)
 
-        h = tokens[:, 1:]                                             # [N, V, D]
+        tokens = encoded[:, 1:]                                       # [N, V, D]
         if visible is not None:
-            h = patches.scatter(1, visible.unsqueeze(2).expand_as(h), h)  # [N, T, D]
-        h = self.decoder_embed(h, c) + self.decoder_pos_embed         # [N, T, decoder_width]
+            # puts the encoded patches back among the masked ones, which keep their embeddings
+            index = visible.unsqueeze(2).expand_as(tokens)
+            tokens = patches.scatter(1, index, tokens)                # [N, T, D]
+        tokens = self.decoder_embed(tokens, c) + self.decoder_pos_embed  # [N, T, decoder_width]
         for block in self.decoder_blocks:
-            h = self.run_block(block, h, c)
-        output = self.unpatchify(self.final_layer(h, c))              # [N, C, H, W]
+            tokens = self.run_block(block, tokens, c)
+        output = self.unpatchify(self.final_layer(tokens, c))         # [N, C, H, W]
         if return_tokens:
-            return output, tokens
+            return output, encoded
         return output
+
+
+# ---- DiT's own network, which predicts noise
+class DDPMStep(NamedTuple):
+    """A timestep k of a noise-prediction model, and the step from k to the next lower timestep l.
+
+    x_k = alpha_k x + sigma_k eps, with alpha_k^2 + sigma_k^2 = 1. Below the lowest k, x_l is x with
+    alpha_l = 1. Given x and x_k, x_l is normal: its mean is c1 x + c2 x_k, its variance beta_tilde
+    (arXiv 2006.11239, Eq. 7). The fields are floats, or tensors of one shape.
+    """
+
+    k: float
+    alpha: float  # alpha_k
+    sigma: float  # sigma_k
+    log_beta: float  # beta = 1 - alpha_k^2 / alpha_l^2
+    log_beta_tilde: float  # beta_tilde = beta sigma_l^2 / sigma_k^2
+    c1: float  # beta alpha_l / sigma_k^2
+    c2: float  # sqrt(1 - beta) sigma_l^2 / sigma_k^2
+
+    def log_variance(self, output):
+        """Returns the log-variance of a sampling step, from the model's channels for it.
+
+        output [N, C, H, W]: 1 stands for log beta and -1 for log beta_tilde (arXiv 2102.09672,
+        Eq. 15). Nothing is clamped.
+        """
+        fraction = (output + 1) / 2
+        return fraction * self.log_beta + (1 - fraction) * self.log_beta_tilde
+
+
+def ddpm_schedule(steps=1000):
+    """Returns DiT's 1000 timesteps, or `steps` >= 2 of them at even distances: a list of DDPMStep.
+
+    The list goes from data to noise, from k = 0 to k = 999. At k = 0 beta_tilde is 0, so its
+    logarithm is replaced by that of the next step (arXiv 2102.09672).
+    """
+    all_alpha = np.sqrt(np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000)))
+    k = np.linspace(0, 999, steps).round()
+    alpha = all_alpha[k.astype(int)]                                  # [steps], as all below
+    alpha_l = np.append(1.0, alpha[:-1])
+    variance = 1 - alpha**2
+    variance_l = 1 - alpha_l**2
+
+    beta = 1 - (alpha / alpha_l) ** 2
+    beta_tilde = beta * variance_l / variance
+    beta_tilde[0] = beta_tilde[1]
+    c1 = beta * alpha_l / variance
+    c2 = alpha / alpha_l * variance_l / variance
+    fields = (k, alpha, np.sqrt(variance), np.log(beta), np.log(beta_tilde), c1, c2)
+    return [DDPMStep(*values) for values in np.stack(fields, axis=1).tolist()]
 
 
 class NoiseDiT(DiT):
     """DiT's own network (arXiv 2212.09748): it predicts eps, and is a velocity model as well.
 
-    It reads x_k = alpha x + sigma eps at a timestep k (see DDPMStep). Its first C output channels
-    are eps, and the others set the variance of a sampling step (see DDPMStep.log_variance). Flow
-    matching has the same image and noise in
+    `predict` reads x_k = alpha x + sigma eps at a timestep k (see DDPMStep). Its first C output
+    channels are eps, and the others set the variance of a step (see DDPMStep.log_variance).
+
+    `forward` turns eps into a velocity, because flow matching has the same image and noise in
         x_t = x_k / (alpha + sigma)  at  t = sigma / (alpha + sigma),  so that
         v = eps - x = eps - (x_k - sigma eps) / alpha = (eps - x_t) / (1 - t).
     Since alpha^2 + sigma^2 = 1, 1 / (alpha + sigma) = hypot(1 - t, t). So the samplers of flow
-    matching can draw from it: they start at `first_time`, the largest t of DiT's schedule, and use
+    matching can draw from it. They start at `first_time`, the largest t of DiT's schedule, and use
     no variance. Below the smallest t, 0.0099, the timestep stays 0.
     """
 
@@ -694,11 +723,13 @@ class NoiseDiT(DiT):
 
     def steps_at(self, k):
         """Returns the DDPMStep of timesteps k [N], int64. Its fields are fp32 [N, 1, 1, 1]."""
-        return DDPMStep(*self.schedule[k].float().T[..., None, None, None])
+        fields = self.schedule[k].float().T                           # [fields, N]
+        return DDPMStep(*fields[..., None, None, None])
 
     def timestep(self, t):
         """Returns the timesteps [N] of times t [N], which are interpolated in log-SNR."""
         log_snr = -2 * t.double().logit()
+        # minus signs, because searchsorted needs rising numbers
         i = torch.searchsorted(-self.log_snr, -log_snr).clamp(1, 999)
         left = self.log_snr[i - 1]
         right = self.log_snr[i]
@@ -720,28 +751,28 @@ class NoiseDiT(DiT):
         return super().forward(x_k, k, y, **options)
 
     def predict_at(self, x_k, t, y, control=None):
-        """Like predict, but at the times t [N] of whole timesteps."""
+        """Does the same at the times t [N] of whole timesteps."""
         return self.predict(x_k, self.timestep(t).round(), y, control=control)
 
-    def forward(self, x, t, y, drop=None, control=None, return_blocks=None):
-        """Returns the velocity [N, C, H, W] of x at times t [N], 0 < t <= first_time: see DiT."""
+    def forward(self, x_t, t, y, drop=None, control=None, return_blocks=None):
+        """Does what DiT.forward does, at times 0 < t <= first_time."""
         t_image = t.view(-1, 1, 1, 1)
-        x_k = x / torch.hypot(1 - t_image, t_image)
+        x_k = x_t / torch.hypot(1 - t_image, t_image)
         blocks = return_blocks or ()
         output, tokens = self.predict(
             x_k, self.timestep(t), y, drop=drop, control=control, return_blocks=blocks
         )
         eps = output[:, : self.in_channels]
-        v = (eps - x) / (1 - t_image)                                 # [N, C, H, W]
+        v = (eps - x_t) / (1 - t_image)                               # [N, C, H, W]
         if return_blocks is None:
             return v
         return v, tokens
 
 
+# ---- Building from a config
 ARCHITECTURES = {"DiT": DiT, "DiverseDiT": DiverseDiT, "SDDiT": SDDiT, "NoiseDiT": NoiseDiT}
 
 
-# ---- Building from a config
 def parse_model(name):
     """Returns the keyword arguments that `--model SIZE/PATCH`, such as XL/2, stands for.
 
@@ -779,9 +810,9 @@ def inherit_config(config, other_config):
     """Returns what the model of `config` takes over from one trained at another resolution.
 
     This is the grid of the other model's positions, and its time shift times the ratio of the two
-    sides (arXiv 2411.03177). The ratio counts as 1 if the latents are of another kind, with another
-    number of channels, and for a NoiseDiT, whose timesteps are fixed. Raises ValueError if patch
-    size, width, depth or heads differ, because most weights would not fit.
+    sides (arXiv 2411.03177). The ratio counts as 1 if the numbers of channels differ, because the
+    sides of two kinds of latents do not compare, and for a NoiseDiT, whose timesteps are fixed.
+    Raises ValueError if patch size, width, depth or heads differ: most weights would not fit.
     """
     for key in ("patch_size", "hidden_size", "depth", "num_heads"):
         if other_config[key] != config[key]:
@@ -816,7 +847,7 @@ def inherit_weights(model, state, same_classes=True):
 
     line = f"{len(copied)} tensors loaded"
     groups = {
-        "resized": positions - fits,
+        "resized": positions - fits,  # the model's own table of another grid replaces them
         "new": own.keys() - copied - positions,
         "unused": state.keys() - copied - positions,
     }
@@ -828,9 +859,9 @@ def inherit_weights(model, state, same_classes=True):
 
 # ---- What a model costs
 def forward_flops(config, call="forward", **options):
-    """Returns the FLOPs of the method `call` of a model for one image, for example of its forward.
+    """Returns the FLOPs of one model.forward(..., **options) for one image.
 
-    A multiply-accumulate counts as 2. The options go to the method.
+    `call` names another method. A multiply-accumulate counts as 2.
     """
     side = config["input_size"]
     with torch.device("meta"):
@@ -842,17 +873,22 @@ def forward_flops(config, call="forward", **options):
     return counter.get_total_flops()
 
 
-# bytes that a backward pass needs for every token, channel and block: by precision, compiled or not
+# bytes that a forward pass keeps for the backward pass, for every token, channel and block
+# (precision, compiled): bytes
 KEPT = {("bf16", False): 50, ("bf16", True): 38, ("fp32", False): 82, ("fp32", True): 70}
 
 
-def training_memory(config, images, precision, compiled=False, visible=1.0):
-    """Returns the bytes that a training step on `images` at once needs, to about 10 %.
+def training_memory(config, images, precision, compiled=False, visible=1.0, gradients_stay=False):
+    """Returns the bytes that a training step on `images` images at once needs, to about 10 %.
 
-    precision: "bf16" or "fp32"; visible: share of the patches that SD-DiT's student sees. A
-    parameter takes 16 bytes (weight, Adam's two moments, average), 2 more if autocast copies it,
-    and 4 for its gradient, which comes when what the blocks keep is gone. The constants are fitted
-    to the peaks of PyTorch's allocator for XL/2 at 256 px (attention is flash attention).
+    precision: "bf16" or "fp32". visible: share of the patches that SD-DiT's student sees.
+
+    A parameter takes 16 bytes for the weight, Adam's two moments and the average, 2 more for
+    autocast's copy in bf16, and 4 for its gradient. Gradients come while the backward pass frees
+    what the blocks keep, so only the larger of the two counts. With gradients_stay both count,
+    because gradients are there before the pass: those of earlier micro-batches, or DDP's buckets.
+    The constants are fitted to the peaks of PyTorch's allocator for XL/2 at 256 px with flash
+    attention.
     """
     with torch.device("meta"):
         model = build(config)
@@ -863,9 +899,13 @@ def training_memory(config, images, precision, compiled=False, visible=1.0):
     copies = 2 if precision == "bf16" else 0
     states = (16 + copies) * parameters
     if config["arch"] == "DiverseDiT":
-        kept += 15  # its loss, and what is fused
+        kept += 15  # for its loss and its long residuals
     if config["arch"] == "SDDiT":
         decoder = sum(p.numel() for p in model.decoder_blocks.parameters())
         states += (4 + copies) * (parameters - decoder)  # the teacher is an encoder
         values += tokens * len(model.decoder_blocks) * model.decoder_pos_embed.shape[-1]
-    return states + max(4 * parameters, images * kept * values)
+    gradients = 4 * parameters
+    activations = images * kept * values
+    if gradients_stay:
+        return states + gradients + activations
+    return states + max(gradients, activations)

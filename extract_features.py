@@ -941,6 +941,9 @@ def load_autoencoder(name, device="cpu"):
     remedy = "pass the folder that has their config.json, too, or those of Stable Diffusion"
     with explaining(f"--vae {name}: weights of another architecture", remedy):
         autoencoder.load_state_dict(modern_names(weights))
+    if torch.device(device).type == "cuda":
+        torch.backends.cudnn.benchmark = True  # most batches have one shape
+        autoencoder.to(memory_format=torch.channels_last)
     return autoencoder.to(device)
 
 
@@ -1328,7 +1331,7 @@ def parse_args(argv=None):
         help="also encode the mirrored image, as a second view")
     add("--crops", type=number(int, 0, 1000), default=0, metavar="K",
         help="also encode K random squares")
-    add("--seed", type=files.SEED, default=0,
+    add("--seed", type=files.seed_number, default=0,
         help="seed of the random squares")
     add("--limit", type=number(int, 1),
         help="take only this many images, evenly spread over the source")

@@ -1,6 +1,7 @@
 """Runs, checkpoints, files, processes, command lines: what programs need and no paper mentions.
 
-A run of a training script is a folder, and the same command resumes it exactly:
+Every random number comes from a stream that is named by (use, seed, index). A run of a training
+script is a folder, and the same command resumes it exactly:
     last.pt           model, ema, heads, opt, step, args, config, data: the whole state
     STEP.pt           the same, kept every --keep-every steps
     log.jsonl         a row for every --log-every steps
@@ -45,6 +46,7 @@ import dit
 
 # ---- random numbers
 
+# what random numbers are for; a new use goes to the end, because the place decides the numbers
 USES = ("step", "epoch", "blocks", "image", "label", "control", "crop")
 
 
@@ -73,7 +75,7 @@ def due(args, step):
 
 
 def save_run(args, config, cache, objective, ema, optimizer, script, step):
-    """Writes last.pt, the whole state of a run, and every --keep-every steps also a snapshot."""
+    """Writes the whole state of a run to last.pt, and every --keep-every steps also to STEP.pt."""
     heads = objective.state_dict()
     for key in list(heads):
         if key.startswith("model."):  # the model is saved on its own
@@ -104,21 +106,21 @@ def restore(checkpoint, objective, ema, optimizer):
         optimizer.load_state_dict(checkpoint["opt"])
     for moments in optimizer.state.values():
         for name, value in moments.items():
-            moments[name] = value.clone()  # on the CPU they were still parts of the mapped file
+            moments[name] = value.clone()  # on a CPU it is still a part of the mapped file
 
 
-# These flags may change when a run is resumed. They are paths and intervals ...
+# A resumed run may change these flags: paths and intervals, the length of the run, and how its work
+# is divided. (Only L_div of DiverseDiT depends on the micro-batch, over which it averages.)
 FREE_FLAGS = {"data", "out", "digits", "log_every", "sample_every", "save_every", "keep_every"}
-# ... or they divide the work (but L_div of DiverseDiT averages over a micro-batch).
 FREE_FLAGS |= {"steps", "workers", "compile", "micro_batch"}
-# These may change to rescue a run without finite gradients. The change is printed.
+# It may also change these, to rescue a run without finite gradients. The change is printed.
 RESCUE_FLAGS = {"lr", "clip", "precision"}
 
 
 def read_run(args, data, script):
-    """Returns the checkpoint of the run in folder args.out, or None, and prints what changed since.
+    """Returns the checkpoint of the run in folder args.out, or None if the run is new.
 
-    data: meta.json of the cache; script: path of the training script, whose text may have changed.
+    data: meta.json of the cache; script: path of the training script. Prints what changed since.
     Raises UserError if the folder holds another run or other files.
     """
     folder = Path(args.out)
@@ -130,17 +132,18 @@ def read_run(args, data, script):
         if "run.json" in names:  # a run that ended before its first checkpoint
             foreign -= {"run.json", "log.jsonl"}
         if foreign:
-            remedy = "choose another --out"
-            raise UserError(f"--out {folder} holds other files ({min(foreign)}); {remedy}")
+            raise UserError(
+                f"--out {folder} holds other files ({min(foreign)}); choose another --out"
+            )
         return None
 
     checkpoint = read_checkpoint(folder, resume=True)
     step = checkpoint["step"]
     there = checkpoint["args"] | {"cache": checkpoint["data"]}
     here = vars(args) | {"cache": data}
-    found = difference(there, here, FREE_FLAGS | RESCUE_FLAGS)
-    if found:
-        raise UserError(f"{folder} holds another run: {found}; choose another --out")
+    difference = first_difference(there, here, FREE_FLAGS | RESCUE_FLAGS)
+    if difference:
+        raise UserError(f"{folder} holds another run: {difference}; choose another --out")
     for flag in sorted(RESCUE_FLAGS):
         if there[flag] != here[flag]:
             print(f"--{flag} changes from {there[flag]} to {here[flag]} at step {step}")
@@ -150,38 +153,13 @@ def read_run(args, data, script):
 
 
 def start_run(args, step, world, model):
-    """Locks the run folder, notes this start in run.json, and cuts the log after `step`."""
+    """Locks the run folder, notes this start in run.json, cuts the log, and says what begins."""
     out = Path(args.out)
     log = out / "log.jsonl"
     lock_folder(out)
-    rows = []
-    if step and log.exists():
-        with explaining(f"{log}: damaged", "delete it to go on"):
-            whole = log.read_text().split("\n")[:-1]  # a kill may have cut the last row
-            rows = [row + "\n" for row in whole if json.loads(row)["step"] <= step]
-    starts = []
-    if step and (out / "run.json").exists():
-        with explaining(f"{out / 'run.json'}: damaged", "delete it to go on"):
-            starts = list(json.loads((out / "run.json").read_text()))
-
-    commit = None
-    if shutil.which("git"):
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    start = {
-        "step": step,
-        "argv": sys.argv,
-        "args": vars(args),
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "device": device,
-        "processes": world,
-        "git": commit,
-    }
-    write_json(out / "run.json", [*starts, start])
-    replace_file(log, lambda file: file.write("".join(rows).encode()))
+    rows = rows_until(step, log)
+    note_start(out / "run.json", args, step, world)
+    replace_file(log, lambda file: file.write(rows.encode()))
 
     if step >= args.steps:
         print(f"{out} is at step {step} already; raise --steps to go on")
@@ -193,26 +171,69 @@ def start_run(args, step, world, model):
     print(
         f"{type(model).__name__} {args.model}, {parameters:.1f}M parameters,"
         f" {model.grid**2} tokens;"
-        f" {device}, {args.precision};"
+        f" {device_name()}, {args.precision};"
         f" batch {args.batch_size} = {processes} x {local_batch // micro_batch} x {micro_batch};"
         f" steps {step} to {args.steps}; {out}"
     )
+
+
+def rows_until(step, log):
+    """Returns the text of the rows of a log up to `step`: a killed run wrote more than it saved."""
+    rows = ""
+    if step and log.exists():
+        with explaining(f"{log}: damaged", "delete it to go on"):
+            for row in log.read_text().split("\n")[:-1]:  # a kill may have cut the last row
+                if json.loads(row)["step"] <= step:
+                    rows += row + "\n"
+    return rows
+
+
+def note_start(path, args, step, world):
+    """Adds an entry to run.json: at which step the run starts, by which command, and on what."""
+    starts = []
+    if step and path.exists():
+        with explaining(f"{path}: damaged", "delete it to go on"):
+            starts = list(json.loads(path.read_text()))
+    commit = None
+    if shutil.which("git"):
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    start = {
+        "step": step,
+        "argv": sys.argv,
+        "args": vars(args),
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "device": device_name(),
+        "processes": world,
+        "git": commit,
+    }
+    write_json(path, [*starts, start])
+
+
+def device_name():
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 LOCKS = []  # open files: a folder stays locked as long as this process lives
 
 
 def lock_folder(folder):
-    """Makes a folder and locks it until this process ends. Raises UserError if another one has."""
+    """Makes a folder and locks it until this process ends.
+
+    Raises UserError if another process has locked it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "w")
     LOCKS.append(file)
     try:
-        # not flock: loader processes would inherit the lock and hold it after this one is killed
+        # not flock: loader processes would inherit the lock, and hold it after a kill of this one
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        remedy = "wait for it or choose another --out"
-        raise UserError(f"{folder}: another process is writing there; {remedy}") from None
+        raise UserError(
+            f"{folder}: another process is writing there; wait for it or choose another --out"
+        ) from None
     except OSError:
         pass  # this file system has no locks
 
@@ -221,29 +242,27 @@ def lock_folder(folder):
 
 
 class TrainingLog:
-    """Writes log.jsonl and shows the bar. A row holds means over the steps since the row before it.
+    """Writes log.jsonl and shows the bar.
 
-    The sums stay on the device, so that no step makes the host wait for the GPU. A step whose
-    gradient was not finite was skipped by the optimiser and does not count. `failure` is the
-    exception that ends the run, if there is one.
+    A row holds means over an interval, which is the steps since the row before it. The sums stay on
+    the device, so that no step makes the host wait for the GPU. A step whose gradient was not
+    finite was skipped by the optimiser and does not count.
     """
 
     def __init__(self, args, step, rank, world, flops):
-        """flops: of one training step, per image."""
+        """flops: those of one training step, per image."""
+        self.args = args
         self.path = Path(args.out, "log.jsonl")
         self.rank = rank
         self.world = world
-        self.steps = args.steps
-        self.decay = args.ema
-        self.global_batch = args.batch_size
         self.flops = flops
-        self.bad_in_a_row = 0
-        self.failure = None
-        disable = None if rank == 0 else True  # None: only where there is a terminal
+        self.failure = None  # the exception that ends the run, if there is one
+        self.sums = 0  # of the losses, of grad_norm and of 1, over the finite steps of the interval
+        self.bad_in_a_row = 0  # the newest steps whose gradient was not finite
+        self.interval_step = step  # where the interval began, and when
+        self.interval_clock = None
+        disable = None if rank == 0 else True  # tqdm: None shows the bar only in a terminal
         self.bar = tqdm(total=args.steps, initial=step, unit="step", disable=disable)
-        self.sums = 0
-        self.since = step
-        self.clock = None
 
     def add(self, names, losses, grad_norm):
         """Notes one step: the names and values of its losses [n], and the norm of its gradient."""
@@ -255,11 +274,11 @@ class TrainingLog:
         self.bad_in_a_row = torch.where(finite, 0, self.bad_in_a_row + 1)
         self.bar.update()
 
-    def row(self, step, lr):
-        """Ends the interval and returns its row; all processes must ask.
+    def end_interval(self, step, lr):
+        """Returns the row of the interval that ends after this step. All processes must call it.
 
-        A value that was never finite is None. Raises UserError after 100 steps in a row without a
-        finite gradient, or if there was none at all.
+        A mean is None if no step was finite. Raises UserError after 100 steps in a row without a
+        finite gradient, or if the run never had one.
         """
         if self.bad_in_a_row >= min(100, step):
             self.bar.close()
@@ -271,15 +290,16 @@ class TrainingLog:
         means = dict.fromkeys(sums)
         if count:
             means = {name: total / count for name, total in sums.items()}
-        steps = step - self.since
-        rate = steps * self.global_batch / (time.perf_counter() - self.clock)
+        interval = step - self.interval_step
+        seconds = time.perf_counter() - self.interval_clock
+        rate = interval * self.args.batch_size / seconds
         self.sums = 0
-        self.since = step
-        self.clock = None  # what follows, a checkpoint or a preview, does not count
+        self.interval_step = step
+        self.interval_clock = None  # a checkpoint or a preview that follows is not timed
         return {
             "step": step,
             **means,
-            "skipped": steps - round(count / self.world),
+            "skipped": interval - round(count / self.world),
             "lr": lr,
             "img_per_s": rate,
             "tflops": rate * self.flops / self.world / 1e12,
@@ -294,8 +314,11 @@ class TrainingLog:
             with open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
-            reason = f"cannot write {self.path} ({error.strerror})"
-            self.failure = UserError(f"{reason}; free some space and run the same command again")
+            self.failure = UserError(
+                f"cannot write {self.path} ({error.strerror});"
+                " free some space and run the same command again"
+            )
+        # the denoising loss of the method; a new method may have only "loss"
         shown = next(name for name in ("loss_fm", "loss_edm", "loss_noise", "loss") if name in row)
         if row[shown] is None:
             text = "no finite gradient"
@@ -309,6 +332,7 @@ class TrainingLog:
             print(f"step {row['step']}: {text}", flush=True)
 
     def explain_bad(self):
+        """Returns a text about the newest steps, whose gradients were not finite."""
         pairs = zip(self.names, self.last.tolist(), strict=True)
         values = ", ".join(f"{name} {value:.3g}" for name, value in pairs)
         return (
@@ -317,25 +341,25 @@ class TrainingLog:
         )
 
     def finish(self, step):
-        """Says how the run ended. Raises `failure`, or UserError if the run is not complete."""
+        """Prints the end of a run. Raises `failure`, or UserError if the run is not complete."""
         self.bar.close()
         if self.failure:
             raise self.failure
-        if step < self.steps:
+        if step < self.args.steps:
             if self.rank > 0:
                 sys.exit(1)  # only the first process prints the message
             raise UserError(f"interrupted at step {step}; run the same command again to go on")
         if self.bad_in_a_row:
             raise UserError(f"at the last step, {step}: {self.explain_bad()}")
-        pictures = sorted(self.path.parent.glob("samples-*.png"))
-        shown = ""
-        if pictures:
-            shown = f"; pictures: {self.path.parent}/samples-*.png{warn_of_start(self.decay, step)}"
-        print(f"{self.path.parent} is at step {step}{shown}")
+        folder = self.path.parent
+        text = f"{folder} is at step {step}"
+        if any(folder.glob("samples-*.png")):
+            text += f"; pictures: {folder}/samples-*.png{note_on_average(self.args.ema, step)}"
+        print(text)
 
 
-def warn_of_start(decay, step):
-    """Returns a warning if the averaged weights still hold more than 5 % of the initial ones."""
+def note_on_average(decay, step):
+    """Returns a remark if more than 5 % of the averaged weights are initial ones, otherwise ""."""
     share = (decay or 0) ** step
     if share < 0.05:
         return ""
@@ -344,8 +368,9 @@ def warn_of_start(decay, step):
 
 # ---- checkpoints
 
+# Kinds of values (see fits): what is counted, and one number or a list with one for each channel
 COUNT = range(1, 2**31)
-PER_CHANNEL = (float, [float])  # one number, or a list with one for each channel
+PER_CHANNEL = (float, [float])
 # what a model must know of its data: entries of a cache's meta.json, and of a checkpoint's "data"
 DATA = {
     "vae": str,
@@ -359,9 +384,9 @@ DATA = {
 def read_checkpoint(path, resume=False, official=None):
     """Returns the dict of a checkpoint, or of a run folder's last.pt, mapped into memory.
 
-    resume: it must also hold what a run needs to continue, and its checksums are verified.
-    official: see from_official, which gives such files the form of ours. Raises UserError if the
-    file is missing, damaged or foreign.
+    resume: whether it must hold all that a run needs to continue. Its checksums are then verified.
+    official: see from_official, which gives such files the form of ours.
+    Raises UserError if the file is missing, damaged or foreign.
     """
     path = checkpoint_file(path)
     if not path.is_file():
@@ -418,19 +443,19 @@ def validate_checkpoint(checkpoint, resume):
     """Raises an error unless all parts of a checkpoint are there, are finite and fit each other."""
     expect(checkpoint, dict.fromkeys(["model", "ema", "config", "data", "args"], dict))
     expect(checkpoint["data"], DATA)
-    parts = ["model", "ema"]
+    names = ["model", "ema"]
     if resume:
         expect(checkpoint, {"heads": dict, "opt": dict, "step": range(2**63)})
-        parts.append("heads")
+        names.append("heads")
     with torch.device("meta"):
         model = dit.build(checkpoint["config"])
-    for part in ("model", "ema"):
-        # load_state_dict notes `assign` in a state dict and obeys the note the next time, when it
-        # should copy: so it gets a plain dict, which cannot hold a note
-        model.load_state_dict(dict(checkpoint[part]), assign=True)
-    for part in parts:
-        if not all(value.isfinite().all() for value in checkpoint[part].values()):
-            raise ValueError(f"{part} is not finite")
+    for name in ("model", "ema"):
+        # a plain dict: load_state_dict would mark the state dict with `assign`, and the next load
+        # would then assign, too, where it should copy
+        model.load_state_dict(dict(checkpoint[name]), assign=True)
+    for name in names:
+        if not all(value.isfinite().all() for value in checkpoint[name].values()):
+            raise ValueError(f"{name} is not finite")
     classes = len(checkpoint["data"]["classes"])
     if classes != model.num_classes:
         raise ValueError(f"it has names for {classes} classes, its model has {model.num_classes}")
@@ -439,50 +464,51 @@ def validate_checkpoint(checkpoint, resume):
 # ---- checkpoints of REPA, SiT and DiT
 
 
-def from_official(file, official=None):
-    """Returns a checkpoint in our form from a file of REPA, SiT or DiT, or of their scripts.
+def from_official(content, official=None):
+    """Returns a checkpoint in our form from the content of a file of REPA, SiT or DiT.
 
     The number of output channels tells them apart. If there are eight, the last four are variances:
     DiT trains them, and they are kept; in SiT's files they are still 0, and left out. If there are
     four, the file is REPA's if it holds projectors; otherwise `official` must be "repa" or "sit".
     Raises ValueError for others.
     """
-    state = file.get("ema", file.get("model", file))
+    state = content.get("ema", content.get("model", content))
     weights = {}
     for name, value in state.items():
         name = name.removeprefix("module.").removeprefix("_orig_mod.")
         if not name.startswith("projectors."):
             weights[name] = value.float()
-    projectors = len(weights) < len(state)
+    is_repa = len(weights) < len(state)  # it has projectors
 
     # older files of REPA: the blocks behind the aligned one are called decoder_blocks
-    shallow = sum(name.startswith("blocks.") and "qkv.weight" in name for name in weights)
-    deeper = [name for name in weights if name.startswith("decoder_blocks.")]
-    for name in deeper:
-        _, i, rest = name.split(".", 2)
-        weights[f"blocks.{int(i) + shallow}.{rest}"] = weights.pop(name)
+    aligned_depth = sum(name.startswith("blocks.") and "qkv.weight" in name for name in weights)
+    for name in list(weights):
+        if name.startswith("decoder_blocks."):
+            _, i, rest = name.split(".", 2)
+            weights[f"blocks.{int(i) + aligned_depth}.{rest}"] = weights.pop(name)
+            is_repa = True
 
     width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
     side = math.isqrt(weights["pos_embed"].shape[1]) * patch
-    heads = {width: heads for _, width, heads in dit.SIZES.values()}[width]
+    heads_of_width = {size[1]: size[2] for size in dit.SIZES.values()}
     num_classes = len(weights["y_embedder.embedding_table.weight"]) - 1
-    kind = take_prediction(weights, patch, channels, "repa" if projectors or deeper else official)
-    if official not in (kind, None):
-        raise ValueError(f"its keys and shapes are those of {kind}")
+    origin = convert_last_layer(weights, patch, channels, "repa" if is_repa else official)
+    if official not in (origin, None):
+        raise ValueError(f"its keys and shapes are those of {origin}")
 
     return {
         "model": weights,
         "ema": weights,
-        "step": file.get("steps"),
+        "step": content.get("steps"),
         "args": {"ema": 0.9999},
         "config": {
-            "arch": "NoiseDiT" if kind == "dit" else "DiT",
+            "arch": "NoiseDiT" if origin == "dit" else "DiT",
             "input_size": side,
             "patch_size": patch,
             "in_channels": channels,
             "hidden_size": width,
             "depth": sum("qkv.weight" in name for name in weights),
-            "num_heads": heads,
+            "num_heads": heads_of_width[width],
             "num_classes": num_classes,
             "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
         },
@@ -496,45 +522,47 @@ def from_official(file, official=None):
     }
 
 
-def take_prediction(weights, patch, channels, four_channels):
-    """Returns the origin of the file: repa, sit, dit. Leaves SiT's variances out of the last layer.
+def convert_last_layer(weights, patch, channels, without_variances):
+    """Makes the last layer predict what ours predicts. Returns the origin: repa, sit or dit.
 
-    four_channels: the origin if there are no variances. Raises ValueError if that is not known.
+    It drops SiT's variances and reverses SiT's time. without_variances: the origin of a file that
+    has none. Raises ValueError if that is not known.
     """
     names = ("final_layer.linear.weight", "final_layer.linear.bias")
     last = {name: weights[name].unflatten(0, (patch**2, -1, channels)) for name in names}
     if last[names[0]].shape[1] == 1:
-        kind = four_channels
+        origin = without_variances
     else:
-        kind = "dit" if any(value[:, 1].any() for value in last.values()) else "sit"
-    if kind is None:
+        origin = "dit" if any(value[:, 1].any() for value in last.values()) else "sit"
+    if origin is None:
         raise ValueError("its keys fit REPA and SiT: sample.py needs --official repa or sit")
-    if kind == "sit":
+    if origin == "sit":
         for name in names:
             weights[name] = last[name][:, 0].flatten(0, 1)
         reverse_time(weights)
-    return kind
+    return origin
 
 
 def reverse_time(weights):
     """Turns SiT's weights, for which t = 1 is data, into ours: v(x, t) = - v_SiT(x, 1 - t).
 
-    The last layer changes its sign. The time MLP absorbs t -> 1 - t, which rotates every pair
-    cos(t f), sin(t f) of its inputs by the angle f.
+    The last layer changes its sign. The first layer of the time MLP absorbs t -> 1 - t, because
+        cos((1 - t) f) = cos(f) cos(t f) + sin(f) sin(t f)
+        sin((1 - t) f) = sin(f) cos(t f) - cos(f) sin(t f)
     """
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         weights[name] = -weights[name]
-    cos, sin = weights["t_embedder.mlp.0.weight"].chunk(2, dim=1)
-    f = dit.Sinusoids(cos.shape[1]).omega
-    rotated = [cos * f.cos() + sin * f.sin(), cos * f.sin() - sin * f.cos()]
-    weights["t_embedder.mlp.0.weight"] = torch.cat(rotated, dim=1)
+    of_cos, of_sin = weights["t_embedder.mlp.0.weight"].chunk(2, dim=1)
+    f = dit.Sinusoids(of_cos.shape[1]).omega
+    mixed = [of_cos * f.cos() + of_sin * f.sin(), of_cos * f.sin() - of_sin * f.cos()]
+    weights["t_embedder.mlp.0.weight"] = torch.cat(mixed, dim=1)
 
 
 # ---- files that are whole or absent
 
 
 def replace_file(path, write):
-    """Calls write(file) for a file beside `path`, then renames it. Raises UserError on failure."""
+    """Calls write(file) for a file beside `path` and renames it. Raises UserError if that fails."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may write the same file
     try:
@@ -600,25 +628,29 @@ def fits(value, kind):
     return isinstance(value, kind)
 
 
-def difference(there, here, may_differ=()):
-    """Says in which entry two dicts differ, the first one if there are several; None if in none."""
+def first_difference(there, here, may_differ=()):
+    """Returns a text about the first entry in which two dicts differ, or None if none does."""
     for name in [*here, *there]:
         if name not in may_differ and there.get(name) != here.get(name):
             return f"{name} is {there.get(name)!s:.60} there, {here.get(name)!s:.60} here"
     return None
 
 
-def start_folder(folder, file, description, size):
-    """Makes a folder for work of `size` bytes in many parts, and writes its description.
+def start_folder(folder, name, description, size):
+    """Makes a folder for work of `size` bytes in many parts, and writes its description to `name`.
 
     Raises UserError if the folder holds other work or other files, or if the disk has less room.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / file).exists():
-        found = difference(read_json(folder / file), json.loads(json.dumps(description)))
-        if found:
-            remedy = "delete it or choose another name"
-            raise UserError(f"{folder} holds the work of another command: {found}; {remedy}")
+    if (folder / name).exists():
+        # dumps and loads: what JSON makes of the description, such as lists of tuples
+        here = json.loads(json.dumps(description))
+        difference = first_difference(read_json(folder / name), here)
+        if difference:
+            raise UserError(
+                f"{folder} holds the work of another command: {difference};"
+                " delete it or choose another name"
+            )
         return
     foreign = sorted(path.name for path in folder.iterdir() if not path.name.endswith(".tmp"))
     if foreign:
@@ -627,7 +659,7 @@ def start_folder(folder, file, description, size):
     if size > free:
         raise UserError(f"{folder}: needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
     print(f"{folder}: needs at most {size / 1e9:.3f} GB, {free / 1e9:.1f} GB are free", flush=True)
-    write_json(folder / file, description)
+    write_json(folder / name, description)
 
 
 def file_hash(path):
@@ -648,25 +680,26 @@ def launch(hours=24):
     """Joins the processes that torchrun started, one per GPU. Returns rank, their number, device.
 
     hours: how long a process waits for the others later on. CPU tensors travel by gloo and CUDA
-    tensors by nccl. Raises UserError if torchrun's variables make no sense, if there is no GPU for
-    this process, or if the other processes do not appear in time.
+    tensors by nccl.
+    Raises UserError if torchrun's variables make no sense, if there is no GPU for this process, or
+    if the other processes do not appear in time.
     """
-    variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    for name in variables:
-        variables[name] = os.environ.get(name, variables[name])
-    words = ", ".join(f"{name}={value}" for name, value in variables.items())
-    numbers = all(value.isdecimal() for value in variables.values())
+    variables = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, **os.environ}
+    words = "RANK={RANK}, WORLD_SIZE={WORLD_SIZE}, LOCAL_RANK={LOCAL_RANK}".format_map(variables)
+    numbers = re.fullmatch(r"RANK=(\d+), WORLD_SIZE=(\d+), LOCAL_RANK=(\d+)", words)
     if not numbers or ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
         raise UserError(f"{words}: start several processes with torchrun, or unset these variables")
-    rank, world, local_rank = map(int, variables.values())
+    rank, world, local_rank = map(int, numbers.groups())
     if rank >= world:
         raise UserError(f"{words}: RANK must be below WORLD_SIZE; start them with torchrun")
 
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
-            found = f"this machine has {torch.cuda.device_count()} GPUs"
-            raise UserError(f"LOCAL_RANK={local_rank}: {found}; lower --nproc_per_node")
+            raise UserError(
+                f"LOCAL_RANK={local_rank}: this machine has {torch.cuda.device_count()} GPUs;"
+                " lower --nproc_per_node"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
@@ -676,6 +709,7 @@ def launch(hours=24):
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         remedy = "are MASTER_ADDR and MASTER_PORT right, and were all processes started?"
         with explaining(f"{words}: the processes do not find each other", remedy):
+            # in two steps, because a missing process is noticed in minutes, a late one in hours
             store, _, _ = next(dist.rendezvous("env://", timeout=RENDEZVOUS))
             dist.init_process_group(
                 backend,
@@ -690,7 +724,7 @@ def launch(hours=24):
 
 
 def barrier():
-    """Waits until every process is here."""
+    """Waits until every process is here: an all-reduce ends only when all have joined it."""
     any_process(False)
 
 
@@ -712,21 +746,24 @@ def require_same_step(step):
     dist.all_reduce(lowest, dist.ReduceOp.MIN)
     dist.all_reduce(highest, dist.ReduceOp.MAX)
     if lowest != highest:
-        found = f"the processes would start at steps {lowest} to {highest}"
-        raise UserError(f"{found}: all nodes need the same --out")
+        raise UserError(
+            f"the processes would start at steps {lowest} to {highest}:"
+            " all nodes need the same --out"
+        )
 
 
 # ---- reading ahead, and stopping between two steps
 
 
 def until_stopped(batches, log):
-    """Yields batches until a process gets a signal, or fails to fetch its data or to write its log.
+    """Yields batches until any process gets a signal, or cannot fetch its data or write its log.
 
-    All processes stop between the same two steps, when the state of the run can be saved.
-    `log.failure` keeps the exception.
+    The processes agree on this before every step. So all of them stop after the same one, and the
+    state can be saved. log.failure keeps the exception, and log.finish raises it. This generator
+    also starts the clock of an interval of the log, when it fetches the first batch.
     """
     while True:
-        log.clock = log.clock or time.perf_counter()  # a new interval begins with its first batch
+        log.interval_clock = log.interval_clock or time.perf_counter()
         try:
             batch = next(batches)
         except Exception as error:
@@ -762,11 +799,10 @@ def note_signal(signum, _):
 def read_ahead(dataset, workers, **options):
     """Yields the batches of a DataLoader, whose `workers` processes read ahead.
 
-    If a worker dies, this raises UserError within five seconds. PyTorch's own handler is removed,
-    because it would raise at any point of the program.
-    If a signal comes, the workers ignore it, because the last step still needs them.
-    If the caller has enough or the program ends, the workers are killed. Python would send SIGTERM,
-    which they ignore, and wait for them.
+    A worker that dies raises UserError here, within five seconds. PyTorch's own handler would raise
+    anywhere in the program. Workers ignore signals, because the last step still needs their data.
+    They are killed when the caller stops or the program ends: Python would only send them SIGTERM,
+    and wait.
     """
     others = multiprocessing.active_children()
     options["worker_init_fn"] = shield_worker
@@ -788,7 +824,7 @@ def read_ahead(dataset, workers, **options):
 
 
 def shield_worker(_):
-    """Makes a loader process ignore the signals that end a run, whose last step still needs it."""
+    """Makes a loader process ignore the signals that end a run."""
     os.setsid()
     for signum in ENDING:
         signal.signal(signum, signal.SIG_IGN)
@@ -804,8 +840,9 @@ def kill(processes):
 
 def check_memory(config, images, args):
     """Raises UserError, with sizes that fit, if this device cannot train on `images` at once."""
-    visible = 1 - vars(args).get("mask_ratio", 0)  # of SD-DiT's student
-    options = (args.precision, args.compile, visible)
+    visible = 1 - vars(args).get("mask_ratio", 0)  # what SD-DiT's student sees
+    gradients_stay = images < args.batch_size  # those of other micro-batches or processes
+    options = (args.precision, args.compile, visible, gradients_stay)
     if torch.cuda.is_available():
         memory = torch.cuda.mem_get_info()[1]
     else:
@@ -854,18 +891,19 @@ def explaining(what, remedy):
 
 
 def first_sentence(error):
+    """Returns the first sentence of an exception's text, or its type if there is no text."""
     text = " ".join(str(error).split())
     return text.split(". ")[0][:200] or type(error).__name__
 
 
 @contextlib.contextmanager
-def program(file, args):
-    """A program does all its work in this context, which decides how the program ends.
+def program(script, args):
+    """A context for the work of a whole program: it turns what a user can repair into one line.
 
-    A UserError, an OSError of a path among the arguments, a lack of memory and Ctrl-C end it with
-    one line. Other exceptions keep their traceback.
+    These are a UserError, an OSError about a path that the user gave, a lack of memory, and Ctrl-C.
+    Other exceptions keep their traceback.
     """
-    name = Path(file).name
+    name = Path(script).name
     open_standard_streams()
     stdout = Stream(sys.stdout)
     stderr = Stream(sys.stderr)
@@ -902,15 +940,16 @@ def is_given(path, args):
 
 
 def open_standard_streams():
-    """Opens the null device in place of stdin, stdout and stderr if they were closed (`2>&-`).
+    """Opens the null device in place of those of stdin, stdout and stderr that are closed.
 
-    Otherwise the next file that is opened would get their number, and the output of libraries.
+    A program that is started with `2>&-` has no file 2. The next file that it opens would get this
+    number, and warnings would be written into it.
     """
-    for number in (0, 1, 2):
+    for descriptor in (0, 1, 2):
         try:
-            os.fstat(number)
+            os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest one that is free
 
 
 class Stream:
@@ -947,17 +986,18 @@ class Parser(argparse.ArgumentParser):
                 return action.help
             return super()._get_help_string(action)
 
-    def __init__(self, file, description):
-        name = Path(file).name
+    def __init__(self, script, description):
+        name = Path(script).name
         super().__init__(prog=name, description=description, formatter_class=self.Formatter)
         self.register("action", "onoff", argparse.BooleanOptionalAction)
 
     def parse_known_args(self, argv=None, namespace=None):
+        """First refuses empty values, which come from shell variables that are not set."""
         flag = "argument"
         for word in sys.argv[1:] if argv is None else argv:
             if word.startswith("--"):
                 flag = word
-            if not word.strip() or word.startswith("--") and word.endswith("="):
+            if not word.strip() or (word.startswith("--") and word.endswith("=")):
                 self.error(f"{flag}: the value is empty; is a variable not set?")
         return super().parse_known_args(argv, namespace)
 
@@ -993,4 +1033,4 @@ def model_name(text):
     return text
 
 
-SEED = number(int, 0, 2**32 - 1)  # an argparse type: one word of NumPy's seed sequence
+seed_number = number(int, 0, 2**32 - 1)  # an argparse type: NumPy's seeds have words of 32 bits

@@ -10,7 +10,7 @@ command again to continue it.
     flow matching   x_t = (1 - t) x + t eps, t = 0 is data and t = 1 is noise (arXiv 2410.06940)
                     the network predicts v = eps - x
       ode, heun     dx_t/dt = v
-      sde           dx_t = (v - t s) dt + sqrt(2t) dw, the score is s = -((1 - t) v + x_t) / t
+      sde           dx_t = (v - t s) dt + sqrt(2t) dw, with the score s = -((1 - t) v + x_t) / t
                     (arXiv 2401.08740)
     MeanFlow        the network predicts u(x_t, r, t), the mean velocity from r to t; v = u(x, t, t)
       mean          x_r = x_t - (t - r) u, by default in a single step (arXiv 2505.13447)
@@ -20,7 +20,7 @@ command again to continue it.
                     ode, heun and sde also take this network, as a velocity (see dit.NoiseDiT)
     EDM             x_sigma = x + sigma eps (arXiv 2206.00364)
                     the network predicts F of the denoiser D = c_skip x_sigma + c_out F
-      edm           dx_sigma/dsigma = (x_sigma - D) / sigma, Heun's method; the one of SD-DiT
+      edm           dx_sigma/dsigma = (x_sigma - D) / sigma, Heun's method; SD-DiT uses it
 
 Shapes stand in the right margin. N: batch. C, H, W: channels, height and width of the latent.
 """
@@ -44,11 +44,12 @@ from tqdm import tqdm
 
 import dit
 import files
-from extract_features import load_autoencoder, per_channel
+from extract_features import load_autoencoder, per_channel, spread
 from files import UserError, number
 
-# ---- Samplers: functions of a model, a start and a schedule. Only noise() has a state.
-# They call model(x, t) with a float t, and keep x in float64.
+# ---- samplers
+# They are functions of model(x, t), a start x and a list of times; t is a float. They keep x in
+# float64. Only noise() has a state.
 
 
 def ode_times(steps, first=1.0):
@@ -59,7 +60,7 @@ def ode_times(steps, first=1.0):
 def sde_times(steps, last=0.04, first=1.0):
     """Returns REPA's `steps` times from `first` to `last`, then 0: float64 [steps + 1].
 
-    The step from `last` to 0 is deterministic: the score has a factor 1 / t.
+    The last step adds no noise. It starts as early as `last`, because the score has a factor 1 / t.
     """
     times = torch.linspace(first, last, steps, dtype=torch.float64)
     return torch.nn.functional.pad(times, (0, 1))  # appends 0
@@ -81,7 +82,7 @@ def flow_ode(model, x, times, heun=False):
     x = x.double()
     for t, t_next in pairwise(times.tolist()):
         v = model(x, t).double()                                      # [N, C, H, W]
-        if heun and t_next > 0:  # no slope is known at t = 0
+        if heun and t_next > 0:  # at 0, EDM's slope divides by 0; flow matching does likewise
             x_next = x + (t_next - t) * v
             v_next = model(x_next, t_next).double()
             v = (v + v_next) / 2
@@ -110,8 +111,8 @@ def flow_sde(model, x, times, noise):
 def mean_flow(model, x, times):
     """Jumps from each of `times` t (see ode_times) to the next, r, from noise x [N, C, H, W].
 
-    model(x, t, r) -> u, the mean velocity. An exact u gives the same x for all `times`; where a
-    step begins and ends is all that Euler's method does not tell its network. Returns float64.
+    model(x, t, r) -> u, the mean velocity. This is Euler's method with a network that is told where
+    the step ends. An exact u gives the same x for all `times`. Returns float64.
     """
     x = x.double()
     for t, r in pairwise(times.tolist()):
@@ -167,17 +168,7 @@ def edm_denoiser(network):
     return denoiser
 
 
-def predict_copies(predict, x, t, classes, controls):
-    """One forward pass for several copies of a batch: copy i has classes[i] and controls[i].
-
-    Returns the velocities of the copies, [N, C, H, W] each.
-    """
-    copies = len(classes)
-    rows = None
-    if controls[0] is not None:
-        rows = torch.cat(controls)                                    # [copies N, 7]
-    v = predict(x.repeat(copies, 1, 1, 1), t.repeat(copies), torch.cat(classes), control=rows)
-    return v.chunk(copies)
+# ---- guidance
 
 
 def guided(
@@ -213,18 +204,20 @@ def guided(
     def velocity(x, t):
         x = x.float()
         inside = low <= t <= high
-        t = torch.full((len(x),), t, device=x.device)                 # [N]
+        t_rows = torch.full((len(x),), t, device=x.device)            # [N]
         if unguided or not inside:
-            return predict(x, t, y, control=control)
+            return predict(x, t_rows, y, control=control)
         if guide is not None:
-            v_full = predict(x, t, y, control=control)
-            v_weak = getattr(guide, call)(x, t, y, control=control)
+            v_full = predict(x, t_rows, y, control=control)
+            v_weak = getattr(guide, call)(x, t_rows, y, control=control)
         elif control_scale is None:
-            v_full, v_weak = predict_copies(predict, x, t, [y, null], [control, control])
+            controls = [control, control]
+            v_full, v_weak = predict_copies(predict, x, t_rows, [y, null], controls)
         else:
             zeros = torch.zeros_like(control)  # no control
+            classes = [y, y, null]
             controls = [control, zeros, zeros]
-            v_full, v_class, v_weak = predict_copies(predict, x, t, [y, y, null], controls)
+            v_full, v_class, v_weak = predict_copies(predict, x, t_rows, classes, controls)
         v = v_full
         if control_scale is not None:
             v = v_class + control_scale * (v_full - v_class)
@@ -233,6 +226,20 @@ def guided(
         return torch.cat([v[:, :C], v_full[:, C:]], dim=1)
 
     return velocity
+
+
+def predict_copies(predict, x, t, classes, controls):
+    """Predicts several copies of a batch at once: copy i has classes[i] and controls[i].
+
+    Returns the velocities of the copies, [N, C, H, W] each.
+    """
+    copies = len(classes)
+    control = None
+    if controls[0] is not None:
+        control = torch.cat(controls)                                 # [copies N, 7]
+    x = x.repeat(copies, 1, 1, 1)
+    v = predict(x, t.repeat(copies), torch.cat(classes), control=control)
+    return v.chunk(copies)
 
 
 def mean_velocity(model, y, control=None, scale=1.0, control_scale=None, **others):
@@ -245,53 +252,47 @@ def mean_velocity(model, y, control=None, scale=1.0, control_scale=None, **other
         raise ValueError("a mean velocity cannot be guided; use another sampler")
 
     def u(x, t, r):
-        t = torch.full((len(x),), t, device=x.device)                 # [N]
-        return model(x.float(), t, y, control=control, r=torch.full_like(t, r))
+        t_rows = torch.full((len(x),), t, device=x.device)            # [N]
+        return model(x.float(), t_rows, y, control=control, r=torch.full_like(t_rows, r))
 
     return u
 
 
-# ---- From a model to images
+# ---- from a model to images
 
 
-def image_generators(seed, indices):
-    """Returns one generator per image, seeded by (seed, index)."""
-    return [files.random_stream("image", seed, int(i)) for i in indices]
+@torch.no_grad()
+def generate(model, indices, y, sampler=None, steps=None, seed=0, control=None, **guidance):
+    """Draws the images `indices` with classes y [N] and control [N, 7].
 
-
-def choose_labels(labels, indices, classes, seed):
-    """Returns the class of each image index: int64 [n].
-
-    labels: "random" among `classes`; "balanced", in which `classes` take turns; or a list of
-    classes that take turns instead.
+    Returns latents, float64 [N, C, H, W]. sampler, steps: see choose_sampler. guidance: see guided.
     """
-    if labels == "random":
-        # a stream of its own, so that the noise of image i does not depend on its label
-        streams = [files.random_stream("label", seed, int(i)) for i in indices]
-        chosen = [classes[stream.integers(len(classes))] for stream in streams]
-    else:
-        if labels != "balanced":
-            classes = labels
-        chosen = [classes[int(i) % len(classes)] for i in indices]
-    return torch.tensor(chosen, dtype=torch.int64)
+    sampler, times = choose_sampler(model, sampler, steps)
+    device = next(model.parameters()).device
+    side = model.grid * model.patch_size
+    generators = image_generators(seed, indices)
 
+    def noise():
+        shape = (model.in_channels, side, side)
+        eps = [generator.standard_normal(shape, np.float32) for generator in generators]
+        return torch.from_numpy(np.stack(eps)).to(device)             # [N, C, H, W]
 
-def choose_control(control, table, y, indices, seed):
-    """Returns the control [n, 7] of the images `indices` with classes y [n], or None for none.
+    if control is not None:
+        control = control.to(device)
+    guidance = {"y": y.to(device), "control": control, **guidance}
+    if sampler == "edm":
+        return edm_heun(edm_denoiser(guided(model, **guidance)), noise(), times)
+    if sampler == "ddpm":
+        return ddpm(guided(model, call="predict_at", **guidance), noise(), times, noise)
+    if sampler == "mean":
+        return mean_flow(mean_velocity(model, **guidance), noise(), times)
 
-    control: "none"; "empirical", a random row of the image's class in `table` [classes, rows, 7];
-    "fixed", a sharp whole image of 512 x 512 pixels (our choice); or seven numbers h0, w0, top,
-    left, h, w, flip. Without a table there is no control.
-    """
-    if control == "none" or table is None:
-        return None
-    if control == "empirical":
-        streams = [files.random_stream("control", seed, int(i)) for i in indices]
-        rows = [stream.integers(table.shape[1]) for stream in streams]
-        return table[y, torch.tensor(rows)]
-    if control == "fixed":
-        control = [512, 512, 0, 0, 512, 512, 0]
-    return torch.tensor(control).expand(len(y), -1)
+    # the standard deviation of x_t = (1 - t) x + t eps if that of x is 1: it is 1 at t = 1, but a
+    # NoiseDiT starts a little later
+    start = noise() * math.hypot(1 - times[0], times[0])
+    if sampler == "sde":
+        return flow_sde(guided(model, **guidance), start, times, noise)
+    return flow_ode(guided(model, **guidance), start, times, heun=sampler == "heun")
 
 
 def choose_sampler(model, sampler=None, steps=None):
@@ -325,44 +326,44 @@ def choose_sampler(model, sampler=None, steps=None):
     return sampler, dit.shift_time(times, model.time_shift)
 
 
-@torch.no_grad()
-def generate(model, indices, y, sampler=None, steps=None, seed=0, control=None, **guidance):
-    """Draws the images `indices` with classes y [N] and control [N, 7].
+def choose_labels(labels, indices, classes, seed):
+    """Returns the class of each image index: int64 [n].
 
-    Returns latents, float64 [N, C, H, W]. sampler, steps: see choose_sampler. guidance: see guided.
+    labels: "random" among `classes`; "balanced", in which `classes` take turns; or a list of
+    classes that take turns instead.
     """
-    sampler, times = choose_sampler(model, sampler, steps)
-    device = next(model.parameters()).device
-    side = model.grid * model.patch_size
-    generators = image_generators(seed, indices)
-
-    def noise():
-        shape = (model.in_channels, side, side)
-        eps = [generator.standard_normal(shape, np.float32) for generator in generators]
-        return torch.from_numpy(np.stack(eps)).to(device)             # [N, C, H, W]
-
-    if control is not None:
-        control = control.to(device)
-    guidance = {"y": y.to(device), "control": control, **guidance}
-    if sampler == "edm":
-        return edm_heun(edm_denoiser(guided(model, **guidance)), noise(), times)
-    if sampler == "ddpm":
-        return ddpm(guided(model, call="predict_at", **guidance), noise(), times, noise)
-    if sampler == "mean":
-        return mean_flow(mean_velocity(model, **guidance), noise(), times)
-
-    # x_t = (1 - t) x + t eps has this standard deviation if x has 1; it is 1 at t = 1, but a
-    # NoiseDiT starts a little later
-    start = noise() * math.hypot(1 - times[0], times[0])
-    if sampler == "sde":
-        return flow_sde(guided(model, **guidance), start, times, noise)
-    return flow_ode(guided(model, **guidance), start, times, heun=sampler == "heun")
+    if labels == "random":
+        # streams of their own, so that the noise of image i does not depend on its label
+        generators = image_generators(seed, indices, "label")
+        chosen = [classes[generator.integers(len(classes))] for generator in generators]
+    else:
+        if labels != "balanced":
+            classes = labels
+        chosen = [classes[int(i) % len(classes)] for i in indices]
+    return torch.tensor(chosen, dtype=torch.int64)
 
 
-def to_autoencoder(latents, data):
-    """Turns latents of a model into the autoencoder's: the inverse of CachedFeatures.latents."""
-    scale = per_channel(data["latent_scale"], latents)
-    return latents / scale + per_channel(data["latent_shift"], latents)
+def choose_control(control, table, y, indices, seed):
+    """Returns the control [n, 7] of the images `indices` with classes y [n], or None for none.
+
+    control: "none"; "empirical", a random row of the image's class in `table` [classes, rows, 7];
+    "fixed", a sharp whole image of 512 x 512 pixels (our choice); or seven numbers h0, w0, top,
+    left, h, w, flip. Without a table there is no control.
+    """
+    if control == "none" or table is None:
+        return None
+    if control == "empirical":
+        generators = image_generators(seed, indices, "control")
+        rows = [generator.integers(table.shape[1]) for generator in generators]
+        return table[y, torch.tensor(rows)]
+    if control == "fixed":
+        control = [512, 512, 0, 0, 512, 512, 0]
+    return torch.tensor(control).expand(len(y), -1)
+
+
+def image_generators(seed, indices, use="image"):
+    """Returns a generator for each image, seeded by (use, seed, index). Noise uses "image"."""
+    return [files.random_stream(use, seed, int(i)) for i in indices]
 
 
 def decode(latents, autoencoder, data, indices=None):
@@ -372,7 +373,10 @@ def decode(latents, autoencoder, data, indices=None):
     official code: REPA and ADM truncate 255 (x + 1) / 2, which is half a level darker / here: it is
     rounded, as in SiT.
     """
-    images = autoencoder.decode(to_autoencoder(latents, data).float())  # [N, 3, H, W]
+    scale = per_channel(data["latent_scale"], latents)
+    shift = per_channel(data["latent_shift"], latents)
+    latents = latents / scale + shift  # the inverse of CachedFeatures.latents
+    images = autoencoder.decode(latents.float())                      # [N, 3, H, W]
     finite = images.isfinite().flatten(1).all(1).tolist()
     indices = range(len(images)) if indices is None else indices
     bad = [str(i) for i, good in zip(indices, finite, strict=True) if not good]
@@ -394,13 +398,13 @@ def save_grid(images, path, columns, gap=4):
     zoom = max(1, math.ceil(48 / side))
     cell = zoom * side + gap
     rows = math.ceil(len(images) / columns)
-    grid = np.full((rows * cell, columns * cell, 3), 96, np.uint8)  # grey between the images
+    canvas = np.full((rows * cell, columns * cell, 3), 96, np.uint8)  # grey between the images
     for i, image in enumerate(images):
         top = i // columns * cell
         left = i % columns * cell
         enlarged = image.repeat(zoom, axis=0).repeat(zoom, axis=1)
-        grid[top : top + zoom * side, left : left + zoom * side] = enlarged
-    picture = Image.fromarray(grid[:-gap, :-gap])
+        canvas[top : top + zoom * side, left : left + zoom * side] = enlarged
+    picture = Image.fromarray(canvas[:-gap, :-gap])
     files.replace_file(path, lambda file: picture.save(file, "PNG"))
 
 
@@ -415,16 +419,16 @@ def preview(model, cache, autoencoder, path, seed=0, precision="fp32", rows=None
     columns = min(len(classes), 10)
     if columns == 1:
         columns = 10  # a single class fills a picture of the usual width
-    spread = np.linspace(0, len(classes) - 1, columns).astype(int)
     indices = range(columns if rows else 4 * columns)
-    y = choose_labels("balanced", indices, classes[spread].tolist(), seed)
+    shown = classes[spread(columns, len(classes))].tolist()
+    y = choose_labels("balanced", indices, shown, seed)
     control = choose_control("empirical", cache.control_table, y, indices, seed)
     device = next(model.parameters()).device
     latents = []
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         for row in rows or [{}]:
-            own = {"seed": seed, "control": control, **options, **row}
-            latents.append(generate(model, indices, y, **own))
+            how = {"seed": seed, "control": control, **options, **row}
+            latents.append(generate(model, indices, y, **how))
     try:
         images = decode(torch.cat(latents), autoencoder, cache.meta)
     except UserError as error:  # the run goes on without its picture
@@ -433,9 +437,304 @@ def preview(model, cache, autoencoder, path, seed=0, precision="fp32", rows=None
     save_grid(images, path, columns)
 
 
-# ---- Command line
+# ---- all images of a command
+
+
+def sample_images(args):
+    """Draws this process's share of the images, in parts. The first process joins all parts.
+
+    A part is a file with one batch. Its indices are those of the images in it.
+    """
+    rank, world, device = files.launch()
+    model, guide, autoencoder, checkpoint, protocol = prepare(args, device)
+    data = checkpoint["data"]
+    side = data["image_size"]
+    output = args.out or args.grid
+    folder = output.with_name(f"{output.name}.partial")
+    if rank == 0:
+        size = 2 * args.num * side * side * 3  # the parts, and the .npz that joins them
+        files.start_folder(folder, "protocol.json", protocol, size)
+    files.barrier()
+
+    parts = {}  # the file of each range of indices
+    missing = []
+    for start in range(0, args.num, args.batch_size):
+        indices = range(start, min(start + args.batch_size, args.num))
+        parts[indices] = folder / f"{start:08d}.safetensors"
+        if not part_is_whole(parts[indices], indices, side):
+            missing.append(indices)
+    files.barrier()  # all processes have looked before one of them writes
+
+    remaining = sum(len(indices) for indices in missing)
+    pause = 0.1 if sys.stderr.isatty() else 60  # seconds between two states of the bar
+    bar = tqdm(total=remaining, unit="img", mininterval=pause, disable=rank > 0)
+    for i, indices in enumerate(missing):
+        if i % world == rank:
+            images = draw_batch(indices, model, guide, autoencoder, checkpoint, protocol)
+            files.write_tensors(parts[indices], {"images": torch.from_numpy(images)})
+        bar.update(len(indices))
+    bar.close()
+    files.barrier()
+    if world > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return
+
+    classes = used_classes(data)
+    if args.out:
+        labels = choose_labels(protocol["labels"], range(args.num), classes, args.seed)
+        write_npz(args.out, parts.values(), labels.numpy(), protocol, side)
+    if args.grid:
+        columns = math.isqrt(args.num)
+        if args.labels == "balanced" and len(classes) <= 20:
+            columns = len(classes)
+        images = np.concatenate([read_part(part) for part in parts.values()])
+        save_grid(images, args.grid, columns)
+    shutil.rmtree(folder, ignore_errors=True)  # another process with the same --out may do it
+    print(closing_line(args, protocol, data["classes"]))
+
+
+def draw_batch(indices, model, guide, autoencoder, checkpoint, protocol):
+    """Draws the images `indices`: uint8 [n, H, W, 3]."""
+    data = checkpoint["data"]
+    seed = protocol["seed"]
+    y = choose_labels(protocol["labels"], indices, used_classes(data), seed)
+    control = choose_control(protocol["control"], checkpoint.get("control"), y, indices, seed)
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=protocol["precision"] == "bf16"):
+        latents = generate(
+            model,
+            indices,
+            y,
+            protocol["sampler"],
+            protocol["steps"],
+            seed,
+            control,
+            scale=protocol["cfg"],
+            interval=protocol["interval"],
+            guide=guide,
+            control_scale=protocol["control_cfg"],
+        )
+    return decode(latents, autoencoder, data, indices)
+
+
+def used_classes(data):
+    """Returns the indices of the classes that have training images."""
+    empty = data.get("empty_classes", [])
+    return [i for i in range(len(data["classes"])) if i not in empty]
+
+
+def part_is_whole(path, indices, side):
+    """Returns whether a part is there, undamaged, and has the images `indices`.
+
+    It has not if the command was killed and goes on with another --batch-size.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return file.get_slice("images").get_shape() == [len(indices), side, side, 3]
+    except (OSError, safetensors.SafetensorError):
+        return False
+
+
+def read_part(path):
+    return safetensors.torch.load_file(path)["images"].numpy()
+
+
+def write_npz(path, parts, labels, protocol, side):
+    """Joins the parts to the array arr_0 of an .npz, which also gets the labels and the protocol.
+
+    Together, the images may not fit into memory, so they are read and written one part at a time.
+    """
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), side, side, 3)}
+    arrays = {"arr_1": labels, "protocol": np.array(json.dumps(protocol))}
+
+    def write(file):
+        with zipfile.ZipFile(file, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, header)
+                for part in parts:
+                    member.write(read_part(part))
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
+
+    files.replace_file(path, write)
+
+
+def closing_line(args, protocol, classes):
+    """Returns the line that says what was written, with the protocol.
+
+    It also says how --labels were read if names of classes are numbers, and whether the averages
+    are still close to the initial weights.
+    """
+    written = " and ".join(str(path) for path in (args.out, args.grid) if path)
+    entries = [f"{key} {value}" for key, value in protocol.items() if value is not None]
+    line = f"{written}: {', '.join(entries)}"
+
+    if isinstance(protocol["labels"], list) and any(name.isdecimal() for name in classes):
+        kind = "names" if set(args.labels.split(",")) <= set(classes) else "indices"
+        line += f"; the --labels were read as {kind} of classes"
+
+    step = protocol["train_step"]
+    if args.weights == "ema" and step is not None:
+        line += files.note_on_average(protocol["ema"], step)
+    return line
+
+
+def prepare(args, device):
+    """Returns what sample_images needs: model, guide or None, autoencoder, checkpoint, protocol.
+
+    The protocol is a dict of all that the images depend on. It is stored with them, and a command
+    that was killed goes on only if it is the same. Nothing is written here. Raises UserError if
+    anything does not fit.
+    """
+    check_outputs(args)
+    # hash and weights are read together: a training script may replace its last.pt at any time
+    checkpoint_hash = files.file_hash(args.checkpoint)
+    model, checkpoint = files.load_model(args.checkpoint, args.weights, device, args.official)
+    guide = guide_hash = None
+    if args.guide:
+        guide_hash = files.file_hash(args.guide)
+        guide = load_guide(args, model, checkpoint["config"], device)
+    data = checkpoint["data"]
+    check_grid(args, data["image_size"])
+
+    sampler, times = choose_sampler(model, args.sampler, args.steps)
+    labels = args.labels
+    if labels not in ("random", "balanced"):
+        labels = class_indices(labels, data["classes"])
+    control = args.control
+    if model.control_embedder is None:
+        if control not in ("empirical", "none"):
+            raise UserError(f"--control {args.control}: the model was trained without --control")
+        control = "none"
+    check_guidance(args, model, checkpoint["args"], control, sampler)
+    vae = args.vae or data["vae"]
+    autoencoder = fitting_autoencoder(vae, checkpoint, device)
+    if args.compile:
+        files.compile_blocks(model)
+        if guide is not None:
+            files.compile_blocks(guide)
+
+    protocol = {
+        "checkpoint": checkpoint_hash,
+        "num": args.num,
+        "labels": labels,
+        "control": control,
+        "seed": args.seed,
+        "sampler": sampler,
+        "steps": len(times) - 1,
+        "cfg": args.cfg,
+        "interval": args.interval,
+        "control_cfg": args.control_cfg,
+        "guide": guide_hash,
+        "weights": args.weights,
+        "official": args.official,
+        "vae": vae,
+        "precision": args.precision,
+        "train_step": checkpoint.get("step"),
+        "ema": checkpoint["args"].get("ema"),
+        "rounding": "nearest",
+        "first_noise_level": times[0].item(),
+    }
+    return model, guide, autoencoder, checkpoint, protocol
+
+
+# ---- checks of the arguments
+
+
+def check_outputs(args):
+    """Refuses an --out that exists, and a --grid that is a folder or whose folder is missing."""
+    if args.out and args.out.exists():
+        raise UserError(f"--out {args.out} exists; delete it or choose another name")
+    if args.grid and (not args.grid.parent.is_dir() or args.grid.is_dir()):
+        raise UserError(f"--grid {args.grid}: no such folder, or itself a folder")
+
 
 MAX_GRID = 2**26  # pixels
+
+
+def check_grid(args, side):
+    """Refuses a --grid of more than MAX_GRID pixels."""
+    pixels = args.num * max(48, side) ** 2
+    if args.grid and pixels > MAX_GRID:
+        raise UserError(
+            f"--grid: {args.num} images are over {MAX_GRID} pixels; lower --num or drop --grid"
+        )
+
+
+def class_indices(text, classes):
+    """Returns the indices of the classes in a list A,B, whose words are all names or all indices.
+
+    Raises UserError for any other list.
+    """
+    words = text.split(",")
+    if set(words) <= set(classes):
+        return [classes.index(word) for word in words]
+    numbers = [str(i) for i in range(len(classes))]
+    if set(words) <= set(numbers):
+        return [int(word) for word in words]
+    raise UserError(
+        f"--labels {text[:60]}: give only names of classes ({', '.join(classes[:9])}, ...),"
+        f" or only indices from 0 to {len(classes) - 1}"
+    )
+
+
+def check_guidance(args, model, trained, control, sampler):
+    """Refuses guidance that the model was not trained for. trained: the flags of its training."""
+    if args.control_cfg is not None:
+        dropped = trained.get("control_drop") != 0
+        if args.guide or control == "none" or not dropped:
+            raise UserError(
+                "--control-cfg: needs training with --control and --control-drop, and no --guide"
+            )
+    null_weight = 1 - trained.get("omega", 1) - trained.get("kappa", 0)  # see train_meanflow.py
+    if args.cfg > 1 and abs(null_weight) > 1e-6:
+        raise UserError(
+            f"--cfg {args.cfg:g}: this model was trained towards guided samples (--omega, --kappa),"
+            " and would be guided twice; leave --cfg out"
+        )
+    guidance = args.cfg > 1 or args.control_cfg is not None
+    if guidance and sampler == "mean":
+        flag = f"--cfg {args.cfg:g}" if args.cfg > 1 else f"--control-cfg {args.control_cfg:g}"
+        raise UserError(
+            f"{flag}: sampler mean cannot be guided, because guidance mixes velocities and not"
+            " their means; add --sampler ode"
+        )
+    if guidance and not args.guide and not model.y_embedder.dropout_prob:
+        raise UserError(
+            f"--cfg {args.cfg:g}: the model has no null class (no label dropout in training)"
+        )
+
+
+def load_guide(args, model, config, device):
+    """Returns the model of --guide. Refuses one of other latents, other classes or another loss."""
+    guide, checkpoint = files.load_model(args.guide, args.weights, device, args.official)
+    for key in ("input_size", "in_channels", "num_classes"):
+        found = checkpoint["config"][key]
+        if found != config[key]:
+            raise UserError(f"--guide {args.guide}: its {key} is {found}, not {config[key]}")
+    for kind in (dit.SDDiT, dit.NoiseDiT):
+        if isinstance(guide, kind) != isinstance(model, kind):
+            raise UserError(f"--guide {args.guide}: was trained with another loss")
+    return guide
+
+
+def fitting_autoencoder(vae, checkpoint, device):
+    """Returns the autoencoder named `vae`. Refuses one for latents or images of other shapes."""
+    autoencoder = load_autoencoder(vae, device)
+    channels = checkpoint["config"]["in_channels"]
+    side = checkpoint["data"]["image_size"]
+    decoded = autoencoder.downsampling * checkpoint["config"]["input_size"]
+    if (autoencoder.channels, decoded) != (channels, side):
+        raise UserError(
+            f"--vae {vae}: decodes {autoencoder.channels} channels to {decoded} pixels,"
+            f" not {channels} to {side}"
+        )
+    return autoencoder
+
+
+# ---- command line
 
 
 def control_row(text):
@@ -463,7 +762,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("images").add_argument
     add("--num", "--num-images", type=number(int, 1, 2**31), default=100,
-        help="number of images; torchrun before Python 3.12.7 needs --num-images")
+        help="number of images; with torchrun on Python before 3.12.7, write --num-images")
     add("--out", type=Path,
         help="write an ADM .npz: arr_0 uint8 [N, H, W, 3], arr_1 labels, protocol")
     add("--grid", type=Path,
@@ -473,7 +772,7 @@ def parse_args(argv=None):
     add("--control", type=control_row, default="empirical",
         help="size, crop and flip: empirical draws those of a training image of the class, fixed"
         " is a whole image of 512 x 512 pixels, none leaves them open; or h0,w0,top,left,h,w,flip")
-    add("--seed", type=files.SEED, default=0,
+    add("--seed", type=files.seed_number, default=0,
         help="image i depends on the seed and i alone")
 
     add = parser.add_argument_group("sampler and guidance").add_argument
@@ -512,7 +811,7 @@ def parse_args(argv=None):
 
 
 def check_args(parser, args):
-    """Refuses flags that do not go together: no output, wrong endings, guidance without a scale."""
+    """Refuses a command without an output, wrong endings, and guidance without a scale."""
     if not (args.out or args.grid):
         parser.error("nothing to write: give --out samples.npz, --grid grid.png, or both")
     for flag, path, suffix in (("--out", args.out, ".npz"), ("--grid", args.grid, ".png")):
@@ -526,285 +825,6 @@ def check_args(parser, args):
         for flag, value in (("--guide", args.guide), ("--interval", args.interval)):
             if value:
                 parser.error(f"{flag} has no effect without --cfg above 1")
-
-
-def class_indices(text, classes):
-    """Returns the indices of the classes in a list A,B, whose words are all names or all indices.
-
-    Raises UserError for any other list.
-    """
-    words = text.split(",")
-    if set(words) <= set(classes):
-        return [classes.index(word) for word in words]
-    numbers = [str(i) for i in range(len(classes))]
-    if set(words) <= set(numbers):
-        return [int(word) for word in words]
-    raise UserError(
-        f"--labels {text[:60]}: give only names of classes ({', '.join(classes[:9])}, ...),"
-        f" or only indices from 0 to {len(classes) - 1}"
-    )
-
-
-def used_classes(data):
-    """Returns the indices of the classes that have training images."""
-    empty = data.get("empty_classes", [])
-    return [i for i in range(len(data["classes"])) if i not in empty]
-
-
-def check_outputs(args):
-    """Refuses an --out that exists, and a --grid whose folder does not or that is a folder."""
-    if args.out and args.out.exists():
-        raise UserError(f"--out {args.out} exists; delete it or choose another name")
-    if args.grid and (not args.grid.parent.is_dir() or args.grid.is_dir()):
-        raise UserError(f"--grid {args.grid}: no such folder, or itself a folder")
-
-
-def prepare(args, device):
-    """Returns what sample_images needs: model, guide or None, autoencoder, checkpoint, protocol.
-
-    The protocol holds all that the images depend on. Nothing is written, and `args` stays as it is.
-    Raises UserError if anything does not fit.
-    """
-    check_outputs(args)
-    # a training script may replace its last.pt at any time: the hash comes right before the weights
-    checkpoint_hash = files.file_hash(args.checkpoint)
-    model, checkpoint = files.load_model(args.checkpoint, args.weights, device, args.official)
-    guide = guide_hash = None
-    if args.guide:
-        guide_hash = files.file_hash(args.guide)
-        guide = load_guide(args, model, checkpoint["config"], device)
-    data = checkpoint["data"]
-    pixels = args.num * max(48, data["image_size"]) ** 2
-    if args.grid and pixels > MAX_GRID:
-        raise UserError(
-            f"--grid: {args.num} images are over {MAX_GRID} pixels; lower --num or drop --grid"
-        )
-
-    sampler, times = choose_sampler(model, args.sampler, args.steps)
-    labels = args.labels
-    if labels not in ("random", "balanced"):
-        labels = class_indices(labels, data["classes"])
-    control = args.control
-    if model.control_embedder is None:
-        if control not in ("empirical", "none"):
-            raise UserError(f"--control {args.control}: the model was trained without --control")
-        control = "none"
-    check_guidance(args, model, checkpoint, control, sampler)
-    vae = args.vae or data["vae"]
-    autoencoder = fitting_autoencoder(vae, checkpoint, device)
-    if args.compile:
-        files.compile_blocks(model)
-        if guide is not None:
-            files.compile_blocks(guide)
-
-    protocol = {
-        "checkpoint": checkpoint_hash,
-        "num": args.num,
-        "labels": labels,
-        "control": control,
-        "seed": args.seed,
-        "sampler": sampler,
-        "steps": len(times) - 1,
-        "cfg": args.cfg,
-        "interval": args.interval,
-        "control_cfg": args.control_cfg,
-        "guide": guide_hash,
-        "weights": args.weights,
-        "official": args.official,
-        "vae": vae,
-        "precision": args.precision,
-        "train_step": checkpoint.get("step"),
-        "ema": checkpoint["args"].get("ema"),
-        "rounding": "nearest",
-        "first_noise_level": times[0].item(),
-    }
-    return model, guide, autoencoder, checkpoint, protocol
-
-
-def load_guide(args, model, config, device):
-    """Returns the model of --guide. Refuses one of other latents, other classes or another loss."""
-    guide, checkpoint = files.load_model(args.guide, args.weights, device, args.official)
-    for key in ("input_size", "in_channels", "num_classes"):
-        found = checkpoint["config"][key]
-        if found != config[key]:
-            raise UserError(f"--guide {args.guide}: its {key} is {found}, not {config[key]}")
-    for kind in (dit.SDDiT, dit.NoiseDiT):
-        if isinstance(guide, kind) != isinstance(model, kind):
-            raise UserError(f"--guide {args.guide}: was trained with another loss")
-    return guide
-
-
-def check_guidance(args, model, checkpoint, control, sampler):
-    """Refuses guidance that the model was not trained for."""
-    if args.control_cfg is not None:
-        dropped = checkpoint["args"].get("control_drop") != 0
-        if args.guide or control == "none" or not dropped:
-            raise UserError(
-                "--control-cfg: needs training with --control and --control-drop, and no --guide"
-            )
-    guidance = args.cfg > 1 or args.control_cfg is not None
-    trained = checkpoint["args"]
-    null_weight = 1 - trained.get("omega", 1) - trained.get("kappa", 0)  # see train_meanflow.py
-    if args.cfg > 1 and abs(null_weight) > 1e-6:
-        raise UserError(
-            f"--cfg {args.cfg:g}: this model was trained towards guided samples (--omega, --kappa),"
-            " and would be guided twice; leave --cfg out"
-        )
-    if guidance and sampler == "mean":
-        raise UserError(
-            f"--cfg {args.cfg:g}: sampler mean cannot be guided, because guidance mixes velocities"
-            " and not their means; add --sampler ode"
-        )
-    if guidance and not args.guide and not model.y_embedder.dropout_prob:
-        raise UserError(
-            f"--cfg {args.cfg:g}: the model has no null class (no label dropout in training)"
-        )
-
-
-def fitting_autoencoder(vae, checkpoint, device):
-    """Returns the autoencoder named `vae`. Refuses one for latents or images of other shapes."""
-    autoencoder = load_autoencoder(vae, device)
-    channels = checkpoint["config"]["in_channels"]
-    side = checkpoint["data"]["image_size"]
-    decoded = autoencoder.downsampling * checkpoint["config"]["input_size"]
-    if (autoencoder.channels, decoded) != (channels, side):
-        raise UserError(
-            f"--vae {vae}: decodes {autoencoder.channels} channels to {decoded} pixels,"
-            f" not {channels} to {side}"
-        )
-    return autoencoder
-
-
-def draw_batch(batch, model, guide, autoencoder, checkpoint, protocol):
-    """Draws the images of a range of indices: uint8 [n, H, W, 3]."""
-    data = checkpoint["data"]
-    seed = protocol["seed"]
-    y = choose_labels(protocol["labels"], batch, used_classes(data), seed)
-    control = choose_control(protocol["control"], checkpoint.get("control"), y, batch, seed)
-    device = next(model.parameters()).device
-    with torch.autocast(device.type, torch.bfloat16, enabled=protocol["precision"] == "bf16"):
-        latents = generate(
-            model,
-            batch,
-            y,
-            protocol["sampler"],
-            protocol["steps"],
-            seed,
-            control,
-            scale=protocol["cfg"],
-            interval=protocol["interval"],
-            guide=guide,
-            control_scale=protocol["control_cfg"],
-        )
-    return decode(latents, autoencoder, data, batch)
-
-
-def part_is_whole(path, batch, side):
-    """Returns whether a part is there, undamaged, and of this batch.
-
-    A run that was killed may have had another --batch-size.
-    """
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            return file.get_slice("images").get_shape() == [len(batch), side, side, 3]
-    except (OSError, safetensors.SafetensorError):
-        return False
-
-
-def read_part(path):
-    return safetensors.torch.load_file(path)["images"].numpy()
-
-
-def write_npz(path, parts, labels, protocol, side):
-    """Joins the parts to the array arr_0 of an .npz, which also gets the labels and the protocol.
-
-    Together, the images may not fit into memory, so they are read and written one part at a time.
-    """
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), side, side, 3)}
-    arrays = {"arr_1": labels, "protocol": np.array(json.dumps(protocol))}
-
-    def write(file):
-        with zipfile.ZipFile(file, "w") as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array_header_1_0(member, header)
-                for part in parts:
-                    member.write(read_part(part))
-            for name, array in arrays.items():
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, array, allow_pickle=False)
-
-    files.replace_file(path, write)
-
-
-def sample_images(args):
-    """Draws this process's share of the images, a part per batch. The first process joins them."""
-    rank, world, device = files.launch()
-    model, guide, autoencoder, checkpoint, protocol = prepare(args, device)
-    data = checkpoint["data"]
-    side = data["image_size"]
-    target = args.out or args.grid
-    folder = target.with_name(f"{target.name}.partial")
-    if rank == 0:
-        files.start_folder(folder, "protocol.json", protocol, size=2 * args.num * side * side * 3)
-    files.barrier()
-
-    parts = {}
-    missing = []
-    left = 0
-    for start in range(0, args.num, args.batch_size):
-        batch = range(start, min(start + args.batch_size, args.num))
-        parts[batch] = folder / f"{start:08d}.safetensors"
-        if not part_is_whole(parts[batch], batch, side):
-            missing.append(batch)
-            left += len(batch)
-    files.barrier()  # all processes have looked before one of them writes
-
-    pause = 0.1 if sys.stderr.isatty() else 60  # seconds between two states of the bar
-    bar = tqdm(total=left, unit="img", mininterval=pause, disable=rank > 0)
-    for i, batch in enumerate(missing):
-        if i % world == rank:
-            images = draw_batch(batch, model, guide, autoencoder, checkpoint, protocol)
-            files.write_tensors(parts[batch], {"images": torch.from_numpy(images)})
-        bar.update(len(batch))
-    bar.close()
-    files.barrier()
-    if world > 1:
-        dist.destroy_process_group()
-    if rank > 0:
-        return
-
-    classes = used_classes(data)
-    if args.out:
-        labels = choose_labels(protocol["labels"], range(args.num), classes, args.seed)
-        write_npz(args.out, parts.values(), labels.numpy(), protocol, side)
-    if args.grid:
-        columns = math.isqrt(args.num)
-        if args.labels == "balanced" and len(classes) <= 20:
-            columns = len(classes)
-        images = np.concatenate([read_part(part) for part in parts.values()])
-        save_grid(images, args.grid, columns)
-    shutil.rmtree(folder, ignore_errors=True)  # another process with the same --out may do it
-    print(closing_line(args, protocol, data["classes"]))
-
-
-def closing_line(args, protocol, classes):
-    """Returns the line that says what was written, with the protocol.
-
-    It also says how --labels were read if names of classes are numbers, and warns of averages that
-    are still close to the initial weights.
-    """
-    written = " and ".join(str(path) for path in (args.out, args.grid) if path)
-    entries = [f"{key} {value}" for key, value in protocol.items() if value is not None]
-    line = f"{written}: {', '.join(entries)}"
-
-    if isinstance(protocol["labels"], list) and any(name.isdecimal() for name in classes):
-        kind = "names" if set(args.labels.split(",")) <= set(classes) else "indices"
-        line += f"; the --labels were read as {kind} of classes"
-
-    step = protocol["train_step"]
-    if args.weights == "ema" and step is not None:
-        line += files.warn_of_start(protocol["ema"], step)
-    return line
 
 
 def main(argv=None):

@@ -75,7 +75,7 @@ def parse_args(argv=None):
         help="cache made by extract_features.py")
     add("--out", default=f"runs/{NAME}",
         help="run folder: checkpoints, log.jsonl, pictures")
-    add("--seed", type=files.SEED, default=0,
+    add("--seed", type=files.seed_number, default=0,
         help="seed of weights, order and noise")
     add("--workers", type=number(int, 0, 256),
         help="processes that read the cache (default: 4 with targets, otherwise 0)")
@@ -162,7 +162,7 @@ def parse_args(argv=None):
     add("--repa-weight", type=number(float, 0), default=0.0,
         help="lambda of REPA; 0 reads no targets")
     add("--repa-depth", type=number(int, 1), nargs="+", metavar="BLOCK",
-        help="block that REPA aligns, counted from 1, or several (default: 8 for L and XL, 5 for S"
+        help="block that REPA aligns, counted from 1, or several (default: 8 from M on, 5 for S"
              " and B, 2 for nano)")
     # <<< diversedit
     if parser.parse_known_args(argv)[0].digits:  # a first pass, to see this one flag
@@ -251,7 +251,8 @@ class Objective(nn.Module):
         self.alignment = None
         if self.repa_weight > 0:
             size = args.model.split("/")[0]
-            default = {"nano": 2, "S": 5, "B": 5, "L": 8, "XL": 8}[size]  # REPA itself: 4 for S, B
+            # REPA itself has 4 for S and B
+            default = {"nano": 2, "S": 5, "B": 5, "M": 8, "L": 8, "XL": 8}[size]
             self.aligned_blocks = args.repa_depth or [default]
             self.alignment = Alignment(model, self.aligned_blocks, meta)
 
@@ -544,7 +545,7 @@ def train(args):
         log.add(losses.keys(), step_losses, grad_norm)
         log_now, save_now, preview_now = files.due(args, step)
         if log_now:
-            row = log.row(step, lr)
+            row = log.end_interval(step, lr)
             # >>> diversedit
             if preview_now and rank == 0:
                 row |= report_cka(ema, cache, out / f"cka-{step:07d}.npz", device)

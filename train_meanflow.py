@@ -83,7 +83,7 @@ def parse_args(argv=None):
         help="cache made by extract_features.py")
     add("--out", default=f"runs/{NAME}",
         help="run folder: checkpoints, log.jsonl, pictures")
-    add("--seed", type=files.SEED, default=0,
+    add("--seed", type=files.seed_number, default=0,
         help="seed of weights, order and noise")
     add("--workers", type=number(int, 0, 256),
         help="processes that read the cache (default: 4 with targets, otherwise 0)")
@@ -560,7 +560,7 @@ def train(args):
         log.add(losses.keys(), step_losses, grad_norm)
         log_now, save_now, preview_now = files.due(args, step)
         if log_now:
-            row = log.row(step, lr)
+            row = log.end_interval(step, lr)
             # >>> meanflow
             if preview_now and rank == 0 and args.diverse:
                 row |= report_cka(ema, cache, out / f"cka-{step:07d}.npz", device)

@@ -53,7 +53,7 @@ def parse_args(argv=None):
         help="cache made by extract_features.py")
     add("--out", default=f"runs/{NAME}",
         help="run folder: checkpoints, log.jsonl, pictures")
-    add("--seed", type=files.SEED, default=0,
+    add("--seed", type=files.seed_number, default=0,
         help="seed of weights, order and noise")
     add("--workers", type=number(int, 0, 256),
         help="processes that read the cache (default: 4 with targets, otherwise 0)")
@@ -132,7 +132,7 @@ def parse_args(argv=None):
     add("--repa-weight", type=number(float, 0), default=0.5,
         help="lambda; 0 trains the plain SiT and reads no targets")
     add("--repa-depth", type=number(int, 1), nargs="+", metavar="BLOCK",
-        help="block whose tokens are aligned, counted from 1, or several (default: 8 for L and XL,"
+        help="block whose tokens are aligned, counted from 1, or several (default: 8 from M on,"
              " 2 for nano, and 4 for S and B, as the authors say in issue 5 of REPA's repository)")
     digits["repa_weight"] = 2.0  # with HOG targets, the weight 0.5 has almost no effect
     # <<< repa
@@ -221,7 +221,7 @@ class Objective(nn.Module):
         self.aligned_blocks = []
         if self.repa_weight > 0:
             size = args.model.split("/")[0]
-            default = {"nano": 2, "S": 4, "B": 4, "L": 8, "XL": 8}[size]
+            default = {"nano": 2, "S": 4, "B": 4, "M": 8, "L": 8, "XL": 8}[size]
             self.aligned_blocks = args.repa_depth or [default]
             self.alignment = Alignment(model, self.aligned_blocks, meta)
 
@@ -524,7 +524,7 @@ def train(args):
         log.add(losses.keys(), step_losses, grad_norm)
         log_now, save_now, preview_now = files.due(args, step)
         if log_now:
-            row = log.row(step, lr)
+            row = log.end_interval(step, lr)
             # >>> repa
             if preview_now and rank == 0:
                 row |= report_cknna(ema, cache, device)

@@ -23,6 +23,8 @@
 Commands
     python train_sddit.py --digits                          minutes on a laptop
     torchrun --nproc_per_node=8 train_sddit.py              the paper's run: XL/2, 256 px, fp32
+    torchrun --nproc_per_node=8 train_sddit.py --precision bf16
+                                                            1.6 times as fast on H100 (predicted)
     torchrun --nproc_per_node=8 train_sddit.py --model S/2 --steps 400000
                                                             its ablations, with one of
     --sd-weight 0, --mask-ratio 0.5, --teacher-noise 0.3 or student, --no-cls-condition
@@ -71,7 +73,7 @@ def parse_args(argv=None):
         help="cache made by extract_features.py")
     add("--out", default=f"runs/{NAME}",
         help="run folder: checkpoints, log.jsonl, pictures")
-    add("--seed", type=files.SEED, default=0,
+    add("--seed", type=files.seed_number, default=0,
         help="seed of weights, order and noise")
     add("--workers", type=number(int, 0, 256),
         help="processes that read the cache (default: 4 with targets, otherwise 0)")
@@ -657,7 +659,7 @@ def train(args):
         log.add(losses.keys(), step_losses, grad_norm)
         log_now, save_now, preview_now = files.due(args, step)
         if log_now:
-            row = log.row(step, lr)
+            row = log.end_interval(step, lr)
             # >>> sddit
             objective.warn(row)
             # <<< sddit

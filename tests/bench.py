@@ -41,13 +41,13 @@ import extract_features
 import fid
 import files
 import sample
-import train_sddit
 
 SCRIPTS = {}
-for name in ("repa", "diversedit", "sddit", "meanflow"):
-    SCRIPTS[name] = importlib.import_module(f"train_{name}")
+for path in sorted(Path(dit.__file__).parent.glob("train_*.py")):
+    SCRIPTS[path.stem.removeprefix("train_")] = importlib.import_module(path.stem)
 PARTS = ["data", "forward", "backward", "update"]
 WARM_UP = 5  # steps of each run that are not counted; the first one compiles
+FEATURES = 2048  # Inception's, in the Fréchet distance
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 NAME = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
@@ -164,8 +164,23 @@ def marking(function, part, marks, syncs):
     return marked
 
 
+def on_device(build):
+    """The function, which makes the weights of a model on the device: XL/2 takes a CPU many seconds."""
+
+    def build_there(config):
+        if torch.get_default_device().type == "meta":
+            return build(config)
+        with DEVICE:
+            return build(config)
+
+    return build_there
+
+
 def run_script(script, flags):
-    """Run script.main. Returns a dict for each step, ms by part and `syncs`, and the last row of the log."""
+    """Run script.main. Returns a dict for each step and the last row of the log.
+
+    The dict holds ms by part, the number of `syncs`, and the `lines` of Python that made the host wait.
+    """
     torch._dynamo.reset()  # or the compiled blocks of all variants add up to Dynamo's limit
     gc.collect()
     ends = [
@@ -174,8 +189,9 @@ def run_script(script, flags):
         (script.Objective, "forward", "forward"),
         (torch.Tensor, "backward", "backward"),
         (script, "update_ema", "update"),
-        (train_sddit.Objective, "after_step", "update"),
     ]
+    if hasattr(script.Objective, "after_step"):  # SD-DiT's teacher
+        ends.append((script.Objective, "after_step", "update"))
     marks, steps = [], []
     with ExitStack() as stack:
         out = stack.enter_context(TemporaryDirectory())
@@ -185,6 +201,7 @@ def run_script(script, flags):
         for owner, name, part in ends:
             function = marking(getattr(owner, name), part, marks, syncs)
             stack.enter_context(patch.object(owner, name, function))
+        stack.enter_context(patch.object(dit, "build", on_device(dit.build)))
         stack.enter_context(patch.object(files, "write_checkpoint", lambda path, state: None))
         stack.enter_context(patch.object(sys, "stdout", io.StringIO()))
         if CUDA:
@@ -196,9 +213,10 @@ def run_script(script, flags):
         log = json.loads(Path(out, "log.jsonl").read_text().splitlines()[-1])
     for (_, start, earlier), (part, end, later) in pairwise(marks):
         if part == "data":
-            steps.append(dict.fromkeys([*PARTS, "syncs"], 0))
+            steps.append(dict.fromkeys([*PARTS, "syncs"], 0) | dict(lines=[]))
         steps[-1][part] += start.elapsed_time(end) if CUDA else 1e3 * (end - start)
         steps[-1]["syncs"] += later - earlier
+        steps[-1]["lines"] += [f"{Path(w.filename).name}:{w.lineno}" for w in syncs[earlier:later]]
     return steps, log
 
 
@@ -225,6 +243,7 @@ def bench_train(args, gemm):
         row |= {part: np.median([step[part] for step in steps]) for part in PARTS}
         row["tflops"] = row["img_per_s"] * log["tflops"] / log["img_per_s"]
         row["of_gemm"] = row["tflops"] / gemm[args.precision]
+        row["loss"] = log["loss"]  # after as many steps, eager and compiled agree
         if CUDA:
             row["of_peak"] = row["tflops"] / PEAK[args.precision] if has_peak(NAME) else "-"
             row |= dict(memory_gb=log["memory_gb"], syncs=np.mean([step["syncs"] for step in steps]))
@@ -239,7 +258,7 @@ def bench_sample(args, gemm):
     n, jobs = args.steps, []
     kinds = [("DiT", "ode", 1.0, n), ("DiT", "sde", 1.8, 2 * n), ("SDDiT", "edm", 1.0, 2 * n - 1)]
     for batch, (arch, sampler, cfg, passes), mode in product(args.batch, kinds, args.compile):
-        model = dit.build(config | dict(arch=arch)).to(DEVICE).eval()
+        model = on_device(dit.build)(config | dict(arch=arch)).eval()
         if mode == "on":
             files.compile_blocks(model)
         call = partial(sample.generate, model, range(batch), torch.arange(batch), sampler, n, scale=cfg)
@@ -254,8 +273,11 @@ def bench_sample(args, gemm):
 def bench_extract(args, gemm):
     """The networks of an extraction, each alone; reading images depends on the images."""
     torch.set_float32_matmul_precision("highest")  # the default, which the program keeps
-    name, side, jobs = "vit_base_patch14_dinov2.lvd142m", args.image_size, []
-    autoencoder = extract_features.AutoencoderKL().to(DEVICE)
+    name = "vit_base_patch14_dinov2.lvd142m" if CUDA else "vit_small_patch14_dinov2.lvd142m"
+    side, jobs = args.image_size, []
+    layout = torch.channels_last if CUDA else torch.contiguous_format  # as load_autoencoder
+    torch.backends.cudnn.benchmark = True
+    autoencoder = extract_features.AutoencoderKL().to(DEVICE, memory_format=layout)
     with TemporaryDirectory() as folder:
         torch.save(timm.create_model(name).state_dict(), Path(folder, "random.pth"))
         vit = extract_features.ViT(name, side // 16, str(Path(folder, "random.pth")), DEVICE)
@@ -280,9 +302,10 @@ def bench_fid(args, gemm):
     for batch in args.batch:
         images = torch.randint(256, (batch, 3, args.image_size, args.image_size), device=DEVICE)
         jobs.append((dict(part="InceptionV3", batch=batch), partial(model, images.byte())))
-    x = torch.randn(n, 2048, device=DEVICE)
+    x = torch.randn(n, FEATURES, device=DEVICE)
     moments = x.mean(0).cpu().double().numpy(), x.T.cov().cpu().double().numpy()
-    jobs.append((dict(part="frechet_distance, D = 2048"), partial(fid.frechet_distance, *moments, *moments)))
+    frechet = partial(fid.frechet_distance, *moments, *moments)
+    jobs.append((dict(part=f"frechet_distance, D = {FEATURES}"), frechet))
     jobs.append((dict(part=f"precision_recall, N = {n}"), partial(fid.precision_recall, x, x)))
     return take_turns(jobs, args.repeats)
 

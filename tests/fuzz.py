@@ -50,7 +50,13 @@ TRAIN += " --save-every 2 --sample-every 0 --workers 0"
 SAMPLE = "--num 4 --steps 1 --out new.npz"
 FID = "--features pixels --device cpu"
 COMMANDS = {"extract": EXTRACT, "sample": SAMPLE, "fid": FID}
-RUNS = {"repa": "run", "diversedit": "rundiv", "sddit": "runsd", "meanflow": "runmean"}  # of each method
+RUNS = {  # the folder of a run of each method
+    "repa": "run",
+    "diversedit": "rundiv",
+    "sddit": "runsd",
+    "meanflow": "runmean",
+    "dit": "rundit",
+}
 for name in RUNS:
     MAINS[name] = importlib.import_module(f"train_{name}").main
     COMMANDS[name] = TRAIN

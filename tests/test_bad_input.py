@@ -249,6 +249,7 @@ FLAGS = {  # refused beside the flag, for what it is
     "meanflow": """--omega 0|--omega nan|--kappa 1|--kappa -0.1|--kappa inf|--guide-interval 0.5 0.5
         |--guide-interval 0.8 0.2|--guide-interval 0 1.5|--flow-ratio 1.5|--flow-ratio -1|--power -1
         |--tangent noise|--label-drop 0""",
+    "dit": """--repa-weight -1|--repa-weight inf|--repa-depth 0|--time-shift 2|--time-normal 0 1""",
     "sample": f"""--num 0|--num -3|--num {2**40}|--steps 0|--steps {10**7}|--cfg 0.5|--cfg nan|--cfg inf
         |--control-cfg -1|--control-cfg inf|--seed -1|--seed 1.5|--batch-size 0|--batch-size -4
         |--precision fp16|--weights best
@@ -368,6 +369,7 @@ OTHER_RUN = {  # a flag of each kind with which no run is resumed
         |--teacher-momentum 0 1|--teacher-noise 1|--init runsd""",
     "meanflow --out runmean": """--flow-ratio 1|--omega 1|--kappa 0|--power 0|--tangent model|--diverse
         |--guide-interval 0 1|--time-normal 0 1""",
+    "dit --out rundit": "--seed 1|--repa-weight 0.5|--label-drop 0.2|--init run",
 }
 NO_LISTS = {  # what dataset.json may hold instead of a label for each image
     "an image less": listed(lambda pairs: pairs[1:]),
@@ -619,6 +621,7 @@ CASES = {
     "run: of REPA": Case("sddit --out run", ("run", "holds another run")),
     "run: of SD-DiT": Case("diversedit --out runsd", ("runsd", "holds another run")),
     "run: of MeanFlow": Case("repa --out runmean", ("runmean", "holds another run")),
+    "run: of DiT": Case("meanflow --out rundit", ("rundit", "holds another run")),
     "run: of another rate": Case("repa --out run --ema 0.5", ("run", "ema", "0.9", "0.5")),
     "run: of another cache": Case("repa --out run --data plain --repa-weight 0", ("run", "another run")),
     "run: of the same folder, other images": Case(

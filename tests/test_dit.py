@@ -290,6 +290,9 @@ def test_training_memory_is_that_of_the_allocator(arch, precision, compiled, ima
     visible = 0.8 if arch == "SDDiT" else 1.0
     needed = dit.training_memory(config, images, precision, compiled, visible)
     assert needed == pytest.approx(1e9 * (fixed + each * images), rel=0.1)
+    with_gradients = dit.training_memory(config, images, precision, compiled, visible, True)
+    if arch == "DiT":  # the others have more parameters
+        assert with_gradients - needed == pytest.approx(2.9e9, rel=0.1)
 
 
 # --- conditioning and resolution (arXiv 2411.03177)
@@ -370,7 +373,7 @@ def test_new_control_changes_no_bit(arch, options):
     plain = randomised(arch, options)
     model = arch(**options, control="cosine").eval()
     missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
-    layers = ["low.0", "low.2", "high.0", "high.2"]
+    layers = ["size_mlp.0", "size_mlp.2", "layout_mlp.0", "layout_mlp.2"]
     parts = [f"control_embedder.{layer}.{what}" for layer in layers for what in ("weight", "bias")]
     assert missing == parts and not unexpected
     x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([0.2, 0.9]), torch.tensor([1, 5])
@@ -427,10 +430,10 @@ def test_control_embedder_by_hand():
         x = weights[0] @ x + weights[1]
         return weights[2] @ (x / (1 + np.exp(-x))) + weights[3]
 
-    low = mlp(model.low, [4096, 400])
+    c_size = mlp(model.size_mlp, [4096, 400])
     layout = [1000 * 70 / 9000, 1000 * 9 / 400, 1000 * 200 / 9000, 1000 * 300 / 400, 1000]
-    high = mlp(model.high, layout)
-    expected = (1 - np.cos(np.pi * 0.4**2)) / 2 * low + high
+    c_layout = mlp(model.layout_mlp, layout)
+    expected = (1 - np.cos(np.pi * 0.4**2)) / 2 * c_size + c_layout
     found = model(torch.tensor([row]), torch.tensor([0.6]))[0].detach().numpy()
     np.testing.assert_allclose(found, expected, atol=2e-3)  # fp32 cosines of numbers up to 4096
     with torch.device("meta"):

@@ -478,7 +478,7 @@ def test_nodes_without_a_common_disk_are_noticed(cache, tmp_path, processes, tin
 
 def test_memory_is_checked_before_anything_is_built(monkeypatch):
     """One image of XL/2 in fp32 needs 13.5 GB of parameters alone, as 20 bytes each."""
-    args = argparse.Namespace(precision="fp32", compile=False)
+    args = argparse.Namespace(precision="fp32", compile=False, batch_size=1)
     config = dict(arch="DiT", input_size=32, in_channels=4, num_classes=1000, **dit.parse_model("XL/2"))
     monkeypatch.setattr(os, "sysconf", lambda name: 2**30 // 4096 if name == "SC_PHYS_PAGES" else 4096)
     with pytest.raises(UserError, match="--micro-batch.*nano/2, S/2") as error:

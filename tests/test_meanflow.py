@@ -618,6 +618,9 @@ def test_samplers_that_do_not_fit(cache, tmp_path, short):
     assert "--cfg 2" in message and "twice" in message
     message = sampled(tmp_path / "plain", "--out", out, "--cfg", 2)
     assert "--cfg 2" in message and "--sampler ode" in message
+    train(cache, tmp_path / "control", *short, *PLAIN, "--control", "cosine", script=train_meanflow)
+    message = sampled(tmp_path / "control", "--out", out, "--control-cfg", 0.5)
+    assert "--control-cfg 0.5" in message and "--sampler ode" in message
     with pytest.raises(ValueError, match="guided"):
         sample.generate(small(interval=True), range(2), torch.arange(2), scale=2.0)
     assert not out.exists()

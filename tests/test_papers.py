@@ -19,6 +19,7 @@ import dit
 import extract_features
 import fid
 import sample
+import train_dit
 import train_diversedit
 import train_repa
 from tests import bench
@@ -489,17 +490,17 @@ def test_defaults(script):
     assert {name: found[name] for name in DEFAULTS[script]} == DEFAULTS[script]
 
 
-@pytest.mark.parametrize("size, repa, diversedit", [("S", 4, 5), ("B", 4, 5), ("L", 8, 8), ("XL", 8, 8)])
-def test_blocks_that_the_rows_name(size, repa, diversedit):
+@pytest.mark.parametrize("sizes, repa, diversedit", [("S B", 4, 5), ("M L XL", 8, 8)])
+def test_blocks_that_the_rows_name(sizes, repa, diversedit):
     """REPA#5 and table 6 of REPA; table A1 of DiverseDiT."""
     meta = {"target_widths": [768]}
-    flags = ["--model", f"{size}/2", "--repa-weight", "0.5"]
-    with torch.device("meta"):
-        model = dit.build({"arch": "DiT", **dit.parse_model(f"{size}/2")})
-        objective = train_repa.Objective(model, train_repa.parse_args(flags), meta)
-        assert objective.aligned_blocks == [repa]
-        objective = train_diversedit.Objective(model, train_diversedit.parse_args(flags), meta)
-        assert objective.aligned_blocks == [diversedit]
+    for size in sizes.split():
+        flags = ["--model", f"{size}/2", "--repa-weight", "0.5"]
+        with torch.device("meta"):
+            model = dit.build({"arch": "DiT", **dit.parse_model(f"{size}/2")})
+            for script, block in ((train_repa, repa), (train_diversedit, diversedit), (train_dit, repa)):
+                objective = script.Objective(model, script.parse_args(flags), meta)
+                assert objective.aligned_blocks == [block]
 
 
 def test_what_a_command_reads_another_one_writes():

@@ -632,7 +632,7 @@ def test_control_is_trained(cache, tmp_path, script, monkeypatch):
     assert {tuple(row) for batch in seen for row in batch} == table | {7 * (0,)}
     before = train(cache, tmp_path / "start", *options, "--lr", 0, script=script)
     for name, value in checkpoint["model"].items():
-        if name.startswith("control_embedder.low.2") or name.startswith("control_embedder.high.2"):
+        if name.startswith(("control_embedder.size_mlp.2", "control_embedder.layout_mlp.2")):
             assert (value != before["model"][name]).any() and not before["model"][name].any(), name
     assert checkpoint["control"].tolist() == 3 * [50 * [[8, 12, 0, 2, 8, 8, 0]]], "centred and not mirrored"
     for more in ([], ["--control", "fixed"], ["--cfg", "2", "--control-cfg", "0.5"]):

@@ -3,20 +3,24 @@
     python tests/results/digits.py --jobs 2                  the whole table, hours; to resume, run it again
     python tests/results/digits.py --rows repa --seeds 2     one run and its four lines of figures
     python tests/results/digits.py --report                  digits.md and the pictures (needs matplotlib)
+    python tests/results/digits.py --pack                    digits-runs.zip: what is done, to go on elsewhere
 
 Each row of ROWS is a command that can be pasted; this script adds --seed, --out and --keep-every 250. Every
 snapshot draws 500 samples, fifty per class, from the same noise in all rows, in 25 steps. MeanFlow's are
 drawn in one evaluation, and those of its last snapshot in other numbers as well. Two judges: `fid.py
 --features pixels` against the 1,797 real digits, and the class of the nearest real digit in pixels, which is
 right for 98.8 % of the real digits, each left out in turn. A run uses one thread, so that its bits do not
-depend on what else the machine does.
+depend on what else the machine does. iREPA's script is the fork of fork-irepa.md. Runs in digits-runs.zip are
+not run again.
 """
 
 import argparse
 import contextlib
 import importlib
+import io
 import json
 import multiprocessing
+import re
 import shlex
 import sys
 import zipfile
@@ -36,6 +40,7 @@ import sample
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 REAL = ROOT / "tests" / "digits.npz"
+RUNS = HERE / "digits-runs.zip"
 STEPS = (250, 500, 750, 1000)
 SAMPLES = 500
 SEEDS = (2, 3, 4, 5, 6)  # --digits was tuned on seeds 0 and 1
@@ -48,6 +53,7 @@ ROWS = {
         "train_repa.py --digits --repa-weight 0 --time-normal 0 1",
     ),
     "repa": ("REPA", "plain", "train_repa.py --digits"),
+    "irepa": ("iREPA", "repa", "train_irepa.py --digits"),
     "div-loss": ("DiverseDiT, loss alone", "plain", "train_diversedit.py --digits --no-long-residuals"),
     "div-residuals": ("DiverseDiT, residuals alone", "plain", "train_diversedit.py --digits --div-terms"),
     "diversedit": ("DiverseDiT", "plain", "train_diversedit.py --digits"),
@@ -111,6 +117,17 @@ def evaluate(folder, mean_velocity=False):
     return rows, report["floor"], dict(zip(more, found, strict=True))
 
 
+def write_irepa(folder):
+    """Writes train_irepa.py: train_repa.py with the diff of fork-irepa.md."""
+    text = re.sub(r"(>>>|<<<) repa", r"\1 irepa", (ROOT / "train_repa.py").read_text())
+    diff = re.search(r"```diff\n(.*?)```", (HERE / "fork-irepa.md").read_text(), re.S)[1]
+    for hunk in re.split(r"^@@.*@@.*\n", diff, flags=re.M)[1:]:
+        lines = hunk.splitlines(keepends=True)
+        before = "".join(line[1:] for line in lines if line[0] != "+")
+        text = text.replace(before, "".join(line[1:] for line in lines if line[0] != "-"))
+    (folder / "train_irepa.py").write_text(text)
+
+
 def run(job):
     """Train and judge one row with one seed, where that is not done yet: writes result.json."""
     row, seed, folder = job
@@ -118,6 +135,8 @@ def run(job):
     if (folder / "result.json").exists():
         return job
     script, *flags = shlex.split(ROWS[row][2])
+    if script == "train_irepa.py":
+        sys.path.insert(0, str(folder.parent))
     train = importlib.import_module(script.removesuffix(".py"))
     flags += ["--seed", str(seed), "--out", str(folder), "--data", str(folder.parent / "digits")]
     flags += ["--keep-every", str(STEPS[0]), "--sample-every", "0"]
@@ -206,20 +225,30 @@ def summary(results, row):
     return [f"{x.mean():{form}} ± {x.std(ddof=1):{form}}" for x, form in values]
 
 
+def family(command):
+    """The panel of a row in the picture of the curves."""
+    if command.startswith("train_sddit"):
+        return "EDM"
+    if command.startswith(("train_dit.py", "train_meanflow")):
+        return "DiT and MeanFlow"
+    return "flow matching"
+
+
 def draw_curves(results, path):
-    """Accuracy and FD over steps, mean and standard deviation, flow matching above EDM."""
+    """Accuracy and FD over steps, mean and standard deviation, in panels by family."""
     import matplotlib.pyplot as plt  # not among the requirements
 
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
+    families = ["flow matching", "DiT and MeanFlow", "EDM"]
+    figure, axes = plt.subplots(3, 2, figsize=(9, 9), sharex=True, layout="constrained")
     for i, (row, (name, _, command)) in enumerate(ROWS.items()):
-        line, colour = axes[int("sddit" in command)], f"C{i}"
+        line, colour = axes[families.index(family(command))], plt.get_cmap("tab20").colors[i]
         for axis, key, scale in zip(line, ("accuracy", "fd"), (100, 1), strict=True):
             values = [scale * figures(results, row, step, key) for step in STEPS]
             mean, spread = np.mean(values, axis=1), np.std(values, axis=1, ddof=1)
             axis.plot(STEPS, mean, label=name, color=colour, lw=1.5)
             axis.fill_between(STEPS, mean - spread, mean + spread, color=colour, alpha=0.15, lw=0)
-    for (left, right), title in zip(axes, ("flow matching", "EDM"), strict=True):
+    for (left, right), title in zip(axes, families, strict=True):
         left.set_ylabel("samples of the class asked for, %")
         right.set_ylabel("FD, pixels")
         right.set_yscale("log")
@@ -227,7 +256,7 @@ def draw_curves(results, path):
         right.text(STEPS[0], results[0]["floor"], "real digits", color="grey", va="bottom")
         left.set_title(title, loc="left")
         left.legend(frameon=False, loc="lower right")
-    for axis in axes[1]:
+    for axis in axes[-1]:
         axis.set_xlabel("step")
         axis.set_xticks(STEPS)
     figure.savefig(path, dpi=110)
@@ -250,6 +279,41 @@ def draw_samples(folder, seed, path, scale=6):
             for k, image in enumerate(images.repeat(scale, axis=1).repeat(scale, axis=2)):
                 sheet.paste(Image.fromarray(image), (left + i * block + k * side, y))
     sheet.save(path, optimize=True)
+
+
+def pack(folder):
+    """Adds the runs that are done to digits-runs.zip: figures, logs, and the digits of the picture."""
+    runs = unpacked()
+    for path in sorted(folder.glob("*/result.json")):
+        name = path.parent.name
+        runs[f"{name}/result.json"] = path.read_bytes()
+        runs[f"{name}/log.jsonl"] = (path.parent / "log.jsonl").read_bytes()
+        if name.endswith(f"-{SEEDS[0]}"):
+            for samples in path.parent.glob("*.npz"):
+                drawn = io.BytesIO()
+                np.savez(drawn, arr_0=np.load(samples)["arr_0"][:10])
+                runs[f"{name}/{samples.name}"] = drawn.getvalue()
+    with zipfile.ZipFile(RUNS, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in sorted(runs.items()):
+            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)  # without a date
+    print(f"{RUNS}: {sum(name.endswith('result.json') for name in runs)} runs")
+
+
+def unpacked():
+    """The files of digits-runs.zip by name."""
+    if not RUNS.exists():
+        return {}
+    with zipfile.ZipFile(RUNS) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def unpack(folder):
+    """Puts the runs of digits-runs.zip where `run` looks for them."""
+    for name, content in unpacked().items():
+        path = folder / name
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
 
 
 def report(folder):
@@ -281,15 +345,20 @@ def parse_args(argv=None):
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "table", help="folder of the runs")
     parser.add_argument("--report", action="store_true", help="run nothing; write digits.md and the pictures")
+    parser.add_argument("--pack", action="store_true", help="run nothing; write digits-runs.zip")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.pack:
+        return pack(args.out)
+    unpack(args.out)
     if args.report:
         return report(args.out)
     with files.program(__file__, args):
         extract_features.extract_digits(args.out / "digits", rank=0, world=1, device="cpu")
+    write_irepa(args.out)
     jobs = [(row, seed, args.out / f"{row}-{seed}") for seed in args.seeds for row in args.rows]
     with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1) as pool:
         for row, seed, folder in pool.imap_unordered(run, jobs):

@@ -185,7 +185,7 @@ def parse_args(argv=None):
     add("--batch-size", type=number(int, 2), default=16_384, help="images per step of the probes")
     add("--lr", type=number(float, 0), default=1e-3, help="Adam's first learning rate")
     add("--forward-batch", type=number(int, 1), default=64, help="images that the model sees at once")
-    add("--seed", type=files.SEED, default=0, help="seed of noise, first weights and order")
+    add("--seed", type=files.seed_number, default=0, help="seed of noise, first weights and order")
     add("--json", type=Path, help="file for the figures")
     return parser.parse_args(argv)
 
