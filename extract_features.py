@@ -309,7 +309,8 @@ def extract(args, missing, source, autoencoder, encoder, rank, device):
     loader = files.read_ahead(DecodedImages(source, args), args.workers, batch_sampler=batches)
     pause = 0.1 if sys.stderr.isatty() else 30  # seconds between two states of the bar
     total = sum(map(len, missing))
-    bar = tqdm(total=total, unit="img", disable=rank > 0, mininterval=pause, miniters=1)
+    silent = rank > 0 or not missing
+    bar = tqdm(total=total, unit="img", disable=silent, mininterval=pause, miniters=1)
     ignored = torch.zeros(2, dtype=torch.int64)
     last_write = None
     with bar, ThreadPoolExecutor(1) as writer:  # writes a file while the next one is encoded
@@ -1178,7 +1179,10 @@ class Images:
     def read(self, name):
         """Returns the bytes of a file in the folder or .zip."""
         if self.is_folder:
-            return (self.path / name).read_bytes()
+            file = self.path / name
+            if not file.is_file():  # reading a pipe would wait for ever
+                raise ValueError("not a file")
+            return file.read_bytes()
         if self.archive is None:
             self.archive = zipfile.ZipFile(self.path)
         return self.archive.read(self.root + name)  # verifies the checksum

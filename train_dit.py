@@ -61,7 +61,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("run").add_argument
     add("--digits", action="store_true",
-        help="laptop run: model nano/2, 1000 steps on 64 real digits each, learning rate 2e-3")
+        help="laptop run: model nano/2, 1000 steps on 64 real digits each")
     add("--data", default="features/imagenet256",
         help="cache made by extract_features.py")
     add("--out", default=f"runs/{NAME}",

@@ -506,6 +506,13 @@ def test_unreadable_image_is_named(folder, tmp_path, workers):
     assert "dog/1.jpg" in complaint(folder, tmp_path / "out", "--workers", workers)
 
 
+def test_a_pipe_that_is_called_an_image(folder, tmp_path):
+    """Reading it would wait for ever."""
+    (folder / "dog" / "1.jpg").unlink()
+    os.mkfifo(folder / "dog" / "1.jpg")
+    assert "dog/1.jpg" in complaint(folder, tmp_path / "out")
+
+
 def test_size_must_divide(small_npz, tmp_path):
     message = complaint(small_npz, tmp_path / "out", "--patch", 3)
     assert "--image-size 8" in message and "6 or 9" in message
