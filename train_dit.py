@@ -13,8 +13,8 @@
     e, v   `model`, a NoiseDiT from dit.py: e is the        alpha, sigma, c1, c2, beta, beta_tilde
            noise, and v sets the variance                           see dit.DDPMStep
     y      class label, sometimes dropped (--label-drop)
-    L_vb trains v alone. Its weight 1 is that of IDDPM, 0.001 for the sum of the terms of all 1000
-    timesteps, which the term of one random timestep estimates a thousandth of.
+    L_vb trains v alone. IDDPM gives the sum of the terms of all 1000 timesteps the weight 0.001.
+    That is their mean, which the term of a random timestep estimates: so the weight is 1 here.
 
 Commands
     python train_dit.py --digits                            minutes on a laptop
