@@ -1,7 +1,7 @@
 """The ADM evaluation suite in PyTorch (FID, sFID, Inception Score, precision, recall), and MIND.
 
-This file imports nothing from the repository, so that it can be copied; crop, errors and file
-helpers are repeated here for that reason.
+This file can be copied alone. It imports nothing from the repository, so crop, errors and file
+helpers are repeated here.
 
     python fid.py VIRTUAL_imagenet256_labeled.npz samples.npz           # papers' numbers, and MIND
     python fid.py REF A.npz B.npz C.npz                                 # one row per set of samples
@@ -19,7 +19,7 @@ the training set, and reconstructions with the validation set.
 
 The row "floor" compares two random parts of REF: n images with the N - n others. n is the size of
 the smallest set of samples, but at most N // 2. A perfect generator would reach about this score.
-If REF is small, the floor is too high, and good samples can fall below it.
+If REF is small, so are its parts. Then their FID is too high, and good samples can score below it.
 
     FID        arXiv 1706.08500   |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of 2048 features
     sFID       arXiv 2103.03841   the same of spatial features: 7 channels of a 17 x 17 map
@@ -58,7 +58,7 @@ from torchvision.models import inception
 from tqdm import tqdm
 
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "mind")
-PR_BLOCK = 10_000  # rows and columns of a block of distances; ADM tests each block for overflow
+PR_BLOCK = 10_000  # distances come in blocks of this many rows and columns, as in ADM
 PR_IMAGES = 10_000  # what --stats keeps for precision and recall, as many as ADM's references
 
 
@@ -73,7 +73,7 @@ class InceptionV3(inception.Inception3):
 
     def __init__(self):
         super().__init__(num_classes=1008, aux_logits=False, init_weights=False)
-        # torchvision: averages count the padding / here: they leave it out, because TensorFlow's do
+        # torchvision: averages count the padding / here: they do not, because TensorFlow's do not
         # torchvision: Mixed_7c averages / here: it takes the maximum, because TensorFlow's does
         for block in self.children():
             if hasattr(block, "branch_pool"):
@@ -88,18 +88,19 @@ class InceptionV3(inception.Inception3):
         The first are pooled, the second are spatial.
         """
         x = (tf1_resize(images, 299) - 128) / 128                     # [N, 3, 299, 299]
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
-        x = self.maxpool1(x)                                          # [N, 64, 73, 73]
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
-        x = self.maxpool2(x)                                          # [N, 192, 35, 35]
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))            # [N, 288, 35, 35]
-        x = self.Mixed_6a(x)                                          # [N, 768, 17, 17]
-        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(x)))
+        for layer in (self.Conv2d_1a_3x3, self.Conv2d_2a_3x3, self.Conv2d_2b_3x3, self.maxpool1):
+            x = layer(x)                                              # [N, 64, 73, 73]
+        for layer in (self.Conv2d_3b_1x1, self.Conv2d_4a_3x3, self.maxpool2):
+            x = layer(x)                                              # [N, 192, 35, 35]
+        for block in (self.Mixed_5b, self.Mixed_5c, self.Mixed_5d):
+            x = block(x)                                              # [N, 288, 35, 35]
+        for block in (self.Mixed_6a, self.Mixed_6b, self.Mixed_6c, self.Mixed_6d):
+            x = block(x)                                              # [N, 768, 17, 17]
 
         # The first 7 channels belong to Mixed_6d.branch1x1. ADM's sigma_s has them in NHWC order.
         spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)             # [N, 17 * 17 * 7]
-        x = self.Mixed_6e(x)                                          # [N, 768, 17, 17]
-        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))            # [N, 2048, 8, 8]
+        for block in (self.Mixed_6e, self.Mixed_7a, self.Mixed_7b, self.Mixed_7c):
+            x = block(x)                                              # [N, 2048, 8, 8]
         return x.mean((2, 3)), spatial
 
 
@@ -211,16 +212,17 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
             f" {list(sigma1.shape)} and {list(mu2.shape)}, {list(sigma2.shape)}"
         )
 
-    # official code: takes the trace of sqrtm(S1 S2) / here: sums the roots of the eigenvalues of
-    # R^T S2 R, where S1 = R R^T, because sqrtm is inexact for fewer images than D.
-    # These are the eigenvalues of S1 S2, without some zeros. Eigenvalues of S1 that are rounding
-    # errors are dropped, because their square roots would add up.
+    # The trace of (S1 S2)^(1/2) is the sum of the roots of the eigenvalues of S1 S2. With
+    # S1 = R R^T, these are the eigenvalues of R^T S2 R and some zeros.
+    # official code: it takes the trace of sqrtm(S1 S2) / here: the roots are summed, because sqrtm
+    # is inexact for fewer images than D.
     values, vectors = torch.linalg.eigh(sigma1)
-    keep = values > values[-1].clamp(min=0) * d * torch.finfo(torch.float64).eps
+    rounding_error = values[-1].clamp(min=0) * d * torch.finfo(torch.float64).eps
+    keep = values > rounding_error  # the roots of the others would add up
     R = vectors[:, keep] * values[keep].sqrt()                        # [D, rank of S1]
     eigenvalues = torch.linalg.eigvalsh(R.T @ sigma2 @ R)             # [rank of S1]
-    trace = eigenvalues.clamp(min=0).sqrt().sum()
-    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace
+    root_trace = eigenvalues.clamp(min=0).sqrt().sum()
+    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * root_trace
     return distance.item()
 
 
@@ -265,12 +267,12 @@ def manifold_share(points, manifold, k, fp16):
     """
     inside = torch.zeros(len(points), dtype=torch.bool, device=points.device)
     for centers in manifold.split(PR_BLOCK):
-        # k + 1, because each center is its own nearest neighbour; the k + 1 smallest distances of
-        # each block suffice, because the k + 1 smallest of all are among them
+        # the k + 1 smallest distances of all are among the k + 1 smallest of each block
         nearest = []
         for others in manifold.split(PR_BLOCK):
             distances = squared_distances(centers, others, fp16)
             nearest.append(distances.topk(min(k + 1, len(others)), largest=False).values)
+        # k + 1, because each center is its own nearest neighbour
         radii = torch.cat(nearest, 1).kthvalue(k + 1, keepdim=True).values
 
         for start in range(0, len(points), PR_BLOCK):
@@ -329,35 +331,19 @@ def monge_distance(reference, samples, lines=1000):
 
 @dataclasses.dataclass
 class Measured:
-    """What the metrics need of a set of images, with the keys "fid" and "sfid" if known."""
+    """What the metrics need of a set of images, by the keys "fid" and "sfid" if known."""
 
-    features: dict                                                    # [N, D]
-    statistics: dict                                                 # mu [D], sigma [D, D], fp64
+    features: dict                                                    # [N, D], fp32
+    statistics: dict                                                  # (mu [D], sigma [D, D]), fp64
 
 
-def measure(source, space, model, args, rank, world):
-    """Returns a Measured with the features and the statistics of a source of images.
+def read_batches(source, args, rank, world):
+    """Yields the images of this process in batches: their rows, and uint8 [n, 3, H, W].
 
-    Statistics that the source stores win over computed ones, as in ADM. Features are not kept for
-    --stats, because a training set has too many, nor for --fdr6, which needs none. Raises UserError
-    if images differ in size, or if features are not finite.
+    Each process has consecutive images, so that all rows stay in file order, as the Inception Score
+    needs. Raises UserError if images differ in size.
     """
     count = source.shape[0]
-    stored = source.stored[space]
-    if count == 0 or (args.fdr6 and stored):
-        return Measured({}, stored)
-
-    keep = not (args.stats or args.fdr6)
-    features = {}
-    sum_x = {}
-    sum_xx = {}
-    for kind, d in model.widths.items():
-        if keep:
-            features[kind] = torch.zeros(count, d, device=args.device)
-        sum_x[kind] = torch.zeros(d, dtype=torch.float64, device=args.device)
-        sum_xx[kind] = torch.zeros(d, d, dtype=torch.float64, device=args.device)
-
-    # Each process takes consecutive images: rows stay in file order, as the Inception Score needs.
     first = count * rank // world
     last = count * (rank + 1) // world
     starts = range(first, last, args.batch_size)
@@ -371,13 +357,38 @@ def measure(source, space, model, args, rank, world):
                     "crop them to one with --image-size"
                 )
             images = torch.from_numpy(np.stack(batch)).to(args.device)
-            outputs = model(images.permute(0, 3, 1, 2))
-            for kind, x in zip(model.widths, outputs, strict=True):
-                if keep:
-                    features[kind][start : rows.stop] = x
-                x = x.double()
-                sum_x[kind] += x.sum(0)
-                sum_xx[kind] += x.T @ x
+            yield slice(rows.start, rows.stop), images.permute(0, 3, 1, 2)
+
+
+def measure(source, space, model, args, rank, world):
+    """Returns a Measured with the features and the statistics of a source of images.
+
+    Statistics that the source stores win over computed ones, as in ADM. Features are not kept for
+    --stats, because a training set has too many, nor for --fdr6, which needs none. Raises UserError
+    if images differ in size, or if features are not finite.
+    """
+    count = source.shape[0]
+    stored = source.stored[space]
+    if count == 0 or (args.fdr6 and stored):  # without images, there are stored statistics
+        return Measured({}, stored)
+
+    keep = not (args.stats or args.fdr6)
+    features = {}
+    sum_x = {}
+    sum_xx = {}
+    for kind, d in model.widths.items():
+        if keep:
+            features[kind] = torch.zeros(count, d, device=args.device)
+        sum_x[kind] = torch.zeros(d, dtype=torch.float64, device=args.device)
+        sum_xx[kind] = torch.zeros(d, d, dtype=torch.float64, device=args.device)
+
+    for rows, images in read_batches(source, args, rank, world):
+        for kind, x in zip(model.widths, model(images), strict=True):
+            if keep:
+                features[kind][rows] = x
+            x = x.double()
+            sum_x[kind] += x.sum(0)
+            sum_xx[kind] += x.T @ x
 
     if world > 1:  # every process holds zeros in the rows of the others
         with explaining("the other processes", "their first message says why", RuntimeError):
@@ -414,7 +425,7 @@ def compare(reference, samples, model, args):
     return results
 
 
-def floor(reference, sets, model, args):
+def compare_floor(reference, sets, model, args):
     """Compares n random images of the reference with its others. Returns None if n is below 4."""
     if not reference.features:
         return None
@@ -453,7 +464,7 @@ def report(sources, measured, model, weights, args, world):
         "precision_recall": {"k": 3, "distances": distances},
     }
     add_protocol(rows, sources, how, args, world)
-    floor_row = floor(reference, sets, model, args)
+    floor_row = compare_floor(reference, sets, model, args)
     shown = [*rows, floor_row] if floor_row else rows
     publish(rows, {"floor": floor_row}, METRICS, shown, sources, args)
 
@@ -571,8 +582,7 @@ def warn_about(source, reference, args):
         warn(f"{source.path}: sorted by class, which makes the Inception Score far too low")
 
 
-# ---- files: a source of images has .path, .shape (N, H, W, 3), .threads (that may read at once),
-# .extra (the small arrays of an .npz), .stored (see open_source), and source[i] is an image
+# ---- files
 
 
 EXTRA = ("mu", "sigma", "arr_1", "protocol")  # what begins like them is read as well: mu_s
@@ -582,8 +592,11 @@ MOST_PIXELS = 2**28  # a resized image may have as many: 0.8 GB
 
 
 def open_source(path, args):
-    """Opens and checks a set of images. Its .stored[space] holds the .npz's statistics to be used.
+    """Opens and checks a set of images: an ArrayImages or a FolderImages.
 
+    source[i] is image i, and source.shape is (N, H, W, 3). source.threads says how many threads may
+    read at once, None how many suit the machine. source.extra has the small arrays of an .npz.
+    source.stored[space] has the statistics of the .npz that are to be used.
     Raises UserError if there are too few images, or images of another size than --image-size, or
     statistics of other spaces only.
     """
@@ -670,7 +683,7 @@ class ArrayImages:
                 small = [name for name in archive.files if name.startswith(EXTRA)]
                 self.extra = {name: archive[name] for name in small}
                 if small and "arr_0" not in archive.files:
-                    return
+                    return  # statistics alone: there are no images, and shape stays (0,)
                 self.file = archive.zip.open("arr_0.npy")
                 size = archive.zip.getinfo("arr_0.npy").file_size
             if np.lib.format.read_magic(self.file) == (1, 0):
@@ -972,7 +985,7 @@ def check_output(what, path, inputs):
 TORCHRUN = "start several processes with torchrun, or unset RANK, LOCAL_RANK and WORLD_SIZE"
 
 
-def launch():
+def torchrun_ranks():
     """Returns rank, rank on this machine and number of processes, as torchrun sets them."""
     rank = process_number("RANK", "0")
     local_rank = process_number("LOCAL_RANK", "0")
@@ -992,7 +1005,7 @@ def process_number(name, default):
 
 def evaluate(args):
     """Runs the program. It checks all sources before the work begins."""
-    rank, local_rank, world = launch()
+    rank, local_rank, world = torchrun_ranks()
     sources = [open_source(path, args) for path in args.paths]
 
     torch.backends.cuda.matmul.allow_tf32 = False  # TF32 moves the features
@@ -1043,6 +1056,9 @@ def main(argv=None):
         sys.exit(f"fid.py: --batch-size {args.batch_size} does not fit into the memory; lower it")
 
 
+# ---- the terminal
+
+
 def interrupt(*_):
     """Ends in one line on Ctrl-C. A second one is ignored, because it would disturb the end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -1050,7 +1066,7 @@ def interrupt(*_):
 
 
 def main_and_flush():
-    """Runs main and flushes what it printed, also if it ends early, as --help does."""
+    """Runs main and flushes what it printed, even if it ends early, as --help does."""
     try:
         main()
     finally:
