@@ -6,20 +6,20 @@
     SDDiT       masked encoder, decoder and EDM preconditioning of SD-DiT (2403.17004)
     NoiseDiT    DiT's own network, which predicts the noise and a variance (2212.09748)
 
-Read `DiTBlock` and `DiT.forward` first. The other architectures are subclasses of DiT, and each
-stands below what it alone needs. All have the control conditioning of arXiv 2411.03177 and its
-transfer to a higher resolution. `build(config)` makes a model from the `config` of its checkpoint.
-Nothing here reads a file, knows about processes or holds a loss.
+Read `DiTBlock` and `DiT.forward` first. The other architectures are subclasses of DiT; what only
+one of them needs stands just above it. All have the control conditioning of arXiv 2411.03177 and
+its transfer to a higher resolution. `build(config)` makes a model from the `config` of its
+checkpoint. Nothing here reads a file, knows about processes or holds a loss.
 
-A plain DiT has the names and shapes of REPA's checkpoints. A NoiseDiT has those of DiT's, with
-twice as many output channels. SiT's checkpoints have these channels, too, but do not use them.
-Control, `interval` and long residuals add tensors. Class tokens widen the label table. An SDDiT
-adds a CLS token and a decoder, and its label table and its last layer have shapes of their own.
+Parameters have the official names and shapes: REPA's in a plain DiT, DiT's in a NoiseDiT, whose
+output has twice the channels. (SiT's has them, too, but does not use them.) Control, `interval`,
+long residuals and class tokens add or widen tensors. An SDDiT has a CLS token, a label table, a
+decoder and a last layer of its own.
 
-Every file says where it deviates from a paper or from the authors' code, always in this form:
+Where a file deviates from a paper or from the authors' code, it says so in one form:
     paper: what the paper says / official code: what the authors' code does / here: what this file
     does, because ...
-A part is left out if there is nothing to say.
+Sources that agree share an entry (official code, here: ...). An empty part is left out.
 
 Shapes stand in the right margin. N: batch. C, H, W: channels, height and width of the latent.
 P: side of a patch. G = H/P: side of the grid. T = G G: number of patches. K: number of class
@@ -389,12 +389,11 @@ class DiT(nn.Module):
         return nn.Parameter(table, requires_grad=False)  # no buffer, as in the official code
 
     def condition(self, t, unshifted_t, y, drop, control, r=None):
-        """Returns the condition c [N, D] and the sequence of class tokens [N, K, D].
+        """Returns the condition c [N, D], and the class tokens [N, K, D] that precede the patches.
 
-        t [N] is embedded, and so is t - r if the model has the option `interval`. The weight of the
-        control depends on unshifted_t [N], the time before any shift (see shift_time), because that
-        says how noisy an image looks, whatever its resolution. The class tokens precede the
-        patches. By default K = 0, and the class is added to c.
+        By default K = 0, and the class is part of c. With the option `interval`, so is t - r. The
+        weight of the control depends on unshifted_t [N] (see shift_time): on how noisy an image
+        looks, whatever its resolution.
         """
         c = self.t_embedder(t)                                        # [N, D]
         if self.h_embedder is not None:
@@ -402,13 +401,13 @@ class DiT(nn.Module):
             c = c + self.h_embedder(h)
         elif r is not None:
             raise ValueError("r needs a model with the option `interval`")
-        label = self.y_embedder(y, drop)                              # [N, D] or [N, K D]
         if self.control_embedder is not None and control is not None:
             c = c + self.control_embedder(control, unshifted_t)
+        label = self.y_embedder(y, drop)                              # [N, D] or [N, K D]
         if self.class_tokens:
             return c, label.unflatten(1, (self.class_tokens, self.hidden_size))
-        empty_sequence = c.new_empty(len(c), 0, self.hidden_size)
-        return c + label, empty_sequence
+        no_tokens = c.new_empty(len(c), 0, self.hidden_size)
+        return c + label, no_tokens
 
     def unpatchify(self, x):                                          # [N, T, P*P*C]
         G, P, C = self.grid, self.patch_size, self.outputs * self.in_channels
@@ -427,23 +426,17 @@ class DiT(nn.Module):
         """
         return block(x, c)
 
-    def run_blocks(self, x, c):
-        """Yields the tokens after each block: K class tokens, then T patches, [N, K + T, D]."""
-        for block in self.blocks:
-            x = self.run_block(block, x, c)
-            yield x
-
-    def run_all_blocks(self, x, c, return_blocks=()):
+    def run_blocks(self, x, c, return_blocks=()):
         """Returns the tokens after the last block, and {b: tokens after block b} for return_blocks.
 
-        It does not keep other tokens, because sampling has no use for them.
+        The tokens are K class tokens, then T patches: [N, K + T, D].
         """
-        last = len(self.blocks)
         kept = {}
-        for b, tokens in enumerate(self.run_blocks(x, c), start=1):
-            if b == last or b in return_blocks:
-                kept[b] = tokens                                      # [N, K + T, D]
-        return kept[last], kept
+        for b, block in enumerate(self.blocks, start=1):
+            x = self.run_block(block, x, c)
+            if b in return_blocks:
+                kept[b] = x
+        return x, kept
 
     def forward(self, x_t, t, y, drop=None, control=None, return_blocks=None, r=None):
         """Returns the velocity [N, C, H, W] of noisy latents x_t at times t [N] for classes y [N].
@@ -464,7 +457,7 @@ class DiT(nn.Module):
         patches = self.x_embedder(x_t) + self.pos_embed               # [N, T, D]
         tokens = torch.cat([class_sequence, patches], dim=1)          # [N, K + T, D]
 
-        tokens, kept = self.run_all_blocks(tokens, c, return_blocks or ())
+        tokens, kept = self.run_blocks(tokens, c, return_blocks or ())
 
         K = self.class_tokens
         v = self.unpatchify(self.final_layer(tokens[:, K:], c))       # [N, C, H, W]
@@ -515,16 +508,19 @@ class DiverseDiT(DiT):
             LongResidual(self.hidden_size) for _ in range(depth // 2)
         )
 
-    def run_blocks(self, x, c):
+    def run_blocks(self, x, c, return_blocks=()):
         half = len(self.blocks) // 2
         skips = []
-        for i, block in enumerate(self.blocks):
-            if i < half:
+        kept = {}
+        for b, block in enumerate(self.blocks, start=1):
+            if b <= half:
                 skips.append(x)
             else:
-                x = self.long_residuals[i - half](x, skips.pop())     # [N, T, D]
+                x = self.long_residuals[b - half - 1](x, skips.pop())  # [N, K + T, D]
             x = self.run_block(block, x, c)
-            yield x
+            if b in return_blocks:
+                kept[b] = x
+        return x, kept
 
 
 # ---- SD-DiT
@@ -617,7 +613,7 @@ class SDDiT(DiT):
             visible_patches = patches.take_along_dim(visible.unsqueeze(2), dim=1)
         cls = self.cls_token.expand(len(x), -1, -1)                   # [N, 1, D]
         tokens = torch.cat([class_sequence, cls, visible_patches], dim=1)  # [N, K + 1 + V, D]
-        tokens, _ = self.run_all_blocks(tokens, c)
+        tokens, _ = self.run_blocks(tokens, c)
         return tokens[:, self.class_tokens :], patches, c
 
     def forward(self, x, sigma, y, drop=None, control=None, visible=None, return_tokens=False):
@@ -647,11 +643,12 @@ class SDDiT(DiT):
 
 # ---- DiT's own network, which predicts noise
 class DDPMStep(NamedTuple):
-    """A timestep k of a noise-prediction model, and the step from k to the next lower timestep l.
+    """The numbers of a timestep k, and of the sampling step from k to l, the next lower timestep.
 
-    x_k = alpha_k x + sigma_k eps, with alpha_k^2 + sigma_k^2 = 1. Below the lowest k, x_l is x with
-    alpha_l = 1. Given x and x_k, x_l is normal: its mean is c1 x + c2 x_k, its variance beta_tilde
-    (arXiv 2006.11239, Eq. 7). The fields are floats, or tensors of one shape.
+    x_k = alpha_k x + sigma_k eps, with alpha_k^2 + sigma_k^2 = 1. For the lowest k, x_l is the
+    image itself: alpha_l = 1 and sigma_l = 0. Given x and x_k, x_l is normal: its mean is c1 x +
+    c2 x_k, its variance beta_tilde (arXiv 2006.11239, Eq. 7). The fields are floats, or tensors of
+    one shape.
     """
 
     k: float
@@ -662,18 +659,18 @@ class DDPMStep(NamedTuple):
     c1: float  # beta alpha_l / sigma_k^2
     c2: float  # sqrt(1 - beta) sigma_l^2 / sigma_k^2
 
-    def log_variance(self, output):
+    def log_variance(self, mix):
         """Returns the log-variance of a sampling step, from the model's channels for it.
 
-        output [N, C, H, W]: 1 stands for log beta and -1 for log beta_tilde (arXiv 2102.09672,
-        Eq. 15). Nothing is clamped.
+        mix [N, C, H, W]: 1 stands for log beta and -1 for log beta_tilde (arXiv 2102.09672, Eq.
+        15). Nothing is clamped.
         """
-        fraction = (output + 1) / 2
+        fraction = (mix + 1) / 2
         return fraction * self.log_beta + (1 - fraction) * self.log_beta_tilde
 
 
 def ddpm_schedule(steps=1000):
-    """Returns DiT's 1000 timesteps, or `steps` >= 2 of them at even distances: a list of DDPMStep.
+    """Returns DiT's 1000 timesteps, or `steps` >= 2 of them, evenly spaced: a list of DDPMStep.
 
     The list goes from data to noise, from k = 0 to k = 999. At k = 0 beta_tilde is 0, so its
     logarithm is replaced by that of the next step (arXiv 2102.09672).

@@ -20,7 +20,7 @@ A file is written under another name and then renamed. Its tensors are:
     control [n, V, 7] int32             h0, w0, top, left, h, w, flip: what the view shows
     index   [n] int64                   number of the image; only if --skip-bad left some out
 An image has V views: the center crop, with --flip its mirror image, and with --crops K also K
-random squares. A mirror image is encoded by itself, because a mirrored latent is not its latent.
+random squares. A mirror image is encoded anew: mirroring a latent does not give its latent.
 Targets and control belong to the view.
 
 REPA's name -> timm's name. MAE and CLIP give their tokens before the final norm, the others give
@@ -128,7 +128,7 @@ class CachedFeatures(Dataset):
     """
 
     def __init__(self, path, targets=True, control=True):
-        self.opened = (path, targets, control)
+        self.arguments = (path, targets, control)
         self.meta = read_meta(Path(path))
         self.views = self.meta["views"]
         self.names = ["moments", "labels"]
@@ -247,7 +247,7 @@ class CachedFeatures(Dataset):
         return batch
 
     def __reduce__(self):
-        return CachedFeatures, self.opened  # a spawned process opens the files again
+        return CachedFeatures, self.arguments  # a spawned process opens the files again
 
 
 def to_batch(arrays):
@@ -438,7 +438,7 @@ def extract_digits(out, rank, world, device):
     """Makes the cache of tests/digits.npz for --digits, unless `out` holds a complete one."""
     with contextlib.suppress(UserError):
         CachedFeatures(out)
-        return
+        return  # it is complete; otherwise CachedFeatures raises, and the cache is made
     digits = Path(__file__).parent / "tests/digits.npz"
     options = "--image-size 8 --patch 2 --vae none --encoder hog --workers 0".split()
     args = parse_args(["--data", str(digits), "--out", str(out), *options])

@@ -600,7 +600,7 @@ def open_source(path, args):
     Raises UserError if there are too few images, or images of another size than --image-size, or
     statistics of other spaces only.
     """
-    if os.path.isdir(path):  # unlike path.is_dir, this bears a name that is too long
+    if os.path.isdir(path):  # unlike path.is_dir, this does not raise if the name is too long
         source = FolderImages(path, args.image_size)
     elif os.path.isfile(path):
         source = ArrayImages(path)

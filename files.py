@@ -1,7 +1,7 @@
 """Runs, checkpoints, files, processes, command lines: what programs need and no paper mentions.
 
-Every random number comes from a stream that is named by (use, seed, index). A run of a training
-script is a folder, and the same command resumes it exactly:
+Order and noise come from streams that are named by (use, seed, index). A run of a training script
+is a folder, and the same command resumes it exactly:
     last.pt           model, ema, heads, opt, step, args, config, data: the whole state
     STEP.pt           the same, kept every --keep-every steps
     log.jsonl         a row for every --log-every steps
@@ -46,7 +46,7 @@ import dit
 
 # ---- random numbers
 
-# what random numbers are for; a new use goes to the end, because the place decides the numbers
+# what random numbers are used for; append a new use, because the position is part of the seed
 USES = ("step", "epoch", "blocks", "image", "label", "control", "crop")
 
 
@@ -257,10 +257,10 @@ class TrainingLog:
         self.world = world
         self.flops = flops
         self.failure = None  # the exception that ends the run, if there is one
-        self.sums = 0  # of the losses, of grad_norm and of 1, over the finite steps of the interval
+        self.sums = 0  # over the finite steps of the interval: losses, grad_norm, number of steps
         self.bad_in_a_row = 0  # the newest steps whose gradient was not finite
-        self.interval_step = step  # where the interval began, and when
-        self.interval_clock = None
+        self.interval_step = step  # the step after which the interval began
+        self.interval_clock = None  # when it began: until_stopped sets this
         disable = None if rank == 0 else True  # tqdm: None shows the bar only in a terminal
         self.bar = tqdm(total=args.steps, initial=step, unit="step", disable=disable)
 
@@ -836,6 +836,19 @@ def kill(processes):
 
 
 # ---- memory and compilation
+
+
+def check_flags(args, world, num_images):
+    """Raises UserError if the batch cannot be divided or filled, or if STD is not above 0."""
+    pieces = world * (args.micro_batch or 1)  # every process gets whole micro-batches
+    if args.batch_size % pieces:
+        raise UserError(
+            f"--batch-size {args.batch_size}: not a multiple of {pieces} (processes x micro-batch)"
+        )
+    if args.batch_size > num_images:
+        raise UserError(f"--batch-size {args.batch_size}: {args.data} has {num_images} images")
+    if args.time_normal and args.time_normal[1] <= 0:
+        raise UserError("--time-normal: the second number, STD, must be above 0")
 
 
 def check_memory(config, images, args):

@@ -1,6 +1,6 @@
 """Checkpoint -> images: an ADM .npz for `fid.py`, or a PNG grid to look at.
 
-    python sample.py runs/repa-digits --num 100 --labels balanced --grid digits.png
+    python sample.py runs/repa-digits --num-images 100 --labels balanced --grid digits.png
     torchrun --nproc_per_node=8 sample.py runs/repa --num-images 50000 --sampler sde --steps 250 \\
         --cfg 1.8 --interval 0 0.7 --out samples.npz
 
@@ -10,7 +10,7 @@ command again to continue it.
     flow matching   x_t = (1 - t) x + t eps, t = 0 is data and t = 1 is noise (arXiv 2410.06940)
                     the network predicts v = eps - x
       ode, heun     dx_t/dt = v
-      sde           dx_t = (v - t s) dt + sqrt(2t) dw, with the score s = -((1 - t) v + x_t) / t
+      sde           dx_t = (v - t s) dt + sqrt(2t) dW, with the score s = -((1 - t) v + x_t) / t
                     (arXiv 2401.08740)
     MeanFlow        the network predicts u(x_t, r, t), the mean velocity from r to t; v = u(x, t, t)
       mean          x_r = x_t - (t - r) u, by default in a single step (arXiv 2505.13447)
@@ -48,8 +48,8 @@ from extract_features import load_autoencoder, per_channel, spread
 from files import UserError, number
 
 # ---- samplers
-# They are functions of model(x, t), a start x and a list of times; t is a float. They keep x in
-# float64. Only noise() has a state.
+# They are functions of model(x, t), a start x and a list of times; t is a float. (MeanFlow's model
+# also takes r.) They keep x in float64. Only noise() has a state.
 
 
 def ode_times(steps, first=1.0):
@@ -82,7 +82,7 @@ def flow_ode(model, x, times, heun=False):
     x = x.double()
     for t, t_next in pairwise(times.tolist()):
         v = model(x, t).double()                                      # [N, C, H, W]
-        if heun and t_next > 0:  # at 0, EDM's slope divides by 0; flow matching does likewise
+        if heun and t_next > 0:  # the last step is Euler's: EDM's slope would divide by 0
             x_next = x + (t_next - t) * v
             v_next = model(x_next, t_next).double()
             v = (v + v_next) / 2
@@ -135,12 +135,12 @@ def ddpm(model, x, times, noise):
     """
     x_k = x.double()
     steps = reversed(dit.ddpm_schedule(len(times) - 1))
-    for t, step in zip(times.tolist(), steps, strict=False):
-        eps, variance = model(x_k, t).double().chunk(2, dim=1)
+    for t, step in zip(times[:-1].tolist(), steps, strict=True):
+        eps, mix = model(x_k, t).double().chunk(2, dim=1)
         x = (x_k - step.sigma * eps) / step.alpha                     # [N, C, H, W]
         x_k = step.c1 * x + step.c2 * x_k
         if step.k > 0:
-            x_k = x_k + (step.log_variance(variance) / 2).exp() * noise()
+            x_k = x_k + (step.log_variance(mix) / 2).exp() * noise()
     return x_k
 
 
@@ -179,7 +179,7 @@ def guided(
     guide=None,
     control=None,
     control_scale=None,
-    call="__call__",
+    method="__call__",
 ):
     """Returns the function (x, t) -> v of a model for classes y [N], guided if t is in `interval`.
 
@@ -189,8 +189,8 @@ def guided(
         control guidance (2411.03177)  v = model(y, 0) + control_scale (model(y, c) - model(y, 0))
                                        v_weak = model(null, 0), and a control of zeros means none
     Without a control_scale, a scale of 1 or less means no guidance. EDM's denoiser is affine in F,
-    so guiding F guides it. For DDPM, call is "predict_at", v is the noise, and the channels for the
-    variance are those of model(y, c).
+    so guiding F guides it. For DDPM, method is "predict_at", v is the noise, and the channels for
+    the variance are those of model(y, c).
     paper: the formula of 2411.03177 was not available / here: reconstructed from its two scales.
     official code: DiT and SiT guide three of four channels (DiT#41) / here: all, as in REPA.
     official code: Heun's second evaluation is guided if the step starts inside the interval / here:
@@ -199,7 +199,7 @@ def guided(
     null = torch.full_like(y, model.num_classes)
     low, high = interval or (0, math.inf)
     unguided = scale <= 1 and control_scale is None
-    predict = getattr(model, call)
+    predict = getattr(model, method)
 
     def velocity(x, t):
         x = x.float()
@@ -209,7 +209,7 @@ def guided(
             return predict(x, t_rows, y, control=control)
         if guide is not None:
             v_full = predict(x, t_rows, y, control=control)
-            v_weak = getattr(guide, call)(x, t_rows, y, control=control)
+            v_weak = getattr(guide, method)(x, t_rows, y, control=control)
         elif control_scale is None:
             controls = [control, control]
             v_full, v_weak = predict_copies(predict, x, t_rows, [y, null], controls)
@@ -283,12 +283,12 @@ def generate(model, indices, y, sampler=None, steps=None, seed=0, control=None, 
     if sampler == "edm":
         return edm_heun(edm_denoiser(guided(model, **guidance)), noise(), times)
     if sampler == "ddpm":
-        return ddpm(guided(model, call="predict_at", **guidance), noise(), times, noise)
+        return ddpm(guided(model, method="predict_at", **guidance), noise(), times, noise)
     if sampler == "mean":
         return mean_flow(mean_velocity(model, **guidance), noise(), times)
 
-    # the standard deviation of x_t = (1 - t) x + t eps if that of x is 1: it is 1 at t = 1, but a
-    # NoiseDiT starts a little later
+    # the standard deviation of x_t = (1 - t) x + t eps if that of x is 1. At t = 1 it is 1, but a
+    # NoiseDiT starts a little below, at t = 0.9937
     start = noise() * math.hypot(1 - times[0], times[0])
     if sampler == "sde":
         return flow_sde(guided(model, **guidance), start, times, noise)
@@ -300,7 +300,7 @@ def choose_sampler(model, sampler=None, steps=None):
 
     The default is ode in 50 steps; for an SDDiT edm in 40, for a NoiseDiT ddpm in 250, and for a
     model of mean velocities mean in one. Raises UserError if the sampler does not fit the model, or
-    if ddpm has not so many steps.
+    if ddpm is to take fewer than 2 or more than 1000 steps.
     """
     fitting = ["ode", "heun", "sde"]
     if isinstance(model, dit.SDDiT):
@@ -527,7 +527,7 @@ def used_classes(data):
 def part_is_whole(path, indices, side):
     """Returns whether a part is there, undamaged, and has the images `indices`.
 
-    It has not if the command was killed and goes on with another --batch-size.
+    It has others if a killed command goes on with another --batch-size.
     """
     try:
         with safetensors.safe_open(path, "pt") as file:

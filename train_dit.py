@@ -4,17 +4,17 @@
     L        = L_simple + L_vb  (+ lambda L_repa)
     L_simple = |e(x_k, k, y) - eps|^2                       mean over batch, channels and pixels
     L_vb     = KL(q || p) / ln 2, and - log2 p(x) if k = 0  the same mean, in bits (2102.09672)
-    q = N(c1 x + c2 x_k, beta_tilde)                        where x_l truly is, for l = k - 1
-    p = N(c1 x_e + c2 x_k, beta^f beta_tilde^(1 - f))       the model's step from x_k to x_l, with
-    x_e = (x_k - sigma_k e) / alpha_k,  f = (v(x_k, k, y) + 1) / 2
+    q = N(c1 x + c2 x_k, beta_tilde)                        x_l given x and x_k, for l = k - 1
+    p = N(c1 x_e + c2 x_k, beta^f beta_tilde^(1 - f))       the model's: x_e for x, own variance
+    x_e = (x_k - sigma_k e) / alpha_k,  f = (mix(x_k, k, y) + 1) / 2
 
     x      latent, drawn anew from the VAE's posterior      lambda  --repa-weight, 0 by default
     eps    noise                                            L_repa  see train_repa.py
-    e, v   `model`, a NoiseDiT from dit.py: e is the        alpha, sigma, c1, c2, beta, beta_tilde
-           noise, and v sets the variance                           see dit.DDPMStep
+    e, mix `model`, a NoiseDiT from dit.py: e is the        alpha, sigma, c1, c2, beta, beta_tilde
+           noise, and mix sets the variance                         see dit.DDPMStep
     y      class label, sometimes dropped (--label-drop)
-    L_vb trains v alone. IDDPM gives the sum of the terms of all 1000 timesteps the weight 0.001.
-    That is their mean, which the term of a random timestep estimates: so the weight is 1 here.
+    L_vb trains mix alone, because e is detached in it. IDDPM weights the sum over the timesteps by
+    0.001. For DiT's 1000 that is the mean, and a random timestep estimates it: the weight is 1.
 
 Commands
     python train_dit.py --digits                            minutes on a laptop
@@ -22,8 +22,7 @@ Commands
     torchrun --nproc_per_node=8 train_dit.py --repa-weight 0.5      with REPA
     python train_dit.py --micro-batch 32                    on one GPU
     python sample.py runs/dit --grid dit.png                the sampler is ddpm, in 250 steps
-DiT's authors also flip images, train in fp32 and do not clip gradients: see --precision, --clip and
-extract_features.py --flip.
+For DiT's own run, extract with --flip, and train with --precision fp32 --clip 0.
 To resume, run the same command again. The code of the method stands between `# >>> dit` and
 `# <<< dit`. All other code is identical in every train_*.py, so a diff of two shows the methods.
 
@@ -49,7 +48,7 @@ from extract_features import CachedFeatures, extract_digits, load_autoencoder
 from files import UserError, number
 
 # >>> dit
-from train_repa import Alignment, report_cknna  # DiT + REPA: table 3 of REPA's paper
+from train_repa import REPA_DEPTH, Alignment, report_cknna  # DiT + REPA: REPA's table 3
 # <<< dit
 
 NAME = Path(__file__).stem.removeprefix("train_")
@@ -99,8 +98,8 @@ def parse_args(argv=None):
     add("--label-drop", type=number(float, 0, below=1), default=0.1,
         help="probability of replacing the label of an image by the null class, for guidance")
     add("--time-normal", type=number(float, -20, 20), nargs=2, metavar=("MEAN", "STD"),
-        help="train with logit t ~ N(MEAN, STD^2) (default: t is uniform); SD-DiT: ln sigma ~"
-             " N(MEAN, STD^2), by default -1.2 1.2")
+        help="train with logit t ~ N(MEAN, STD^2) (default: t is uniform; MeanFlow: -0.4 1.0); for"
+             " SD-DiT, ln sigma ~ N(MEAN, STD^2) (default: -1.2 1.2)")
     add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32",
         help="precision of the network (on CUDA, fp32 products use TF32); weights and optimiser are"
              " always fp32")
@@ -149,8 +148,8 @@ def parse_args(argv=None):
     add("--repa-weight", type=number(float, 0), default=0.0,
         help="lambda of REPA; 0 reads no targets")
     add("--repa-depth", type=number(int, 1), nargs="+", metavar="BLOCK",
-        help="block that REPA aligns, counted from 1, or several (default: 8 from M on, 4 for S"
-             " and B, 2 for nano)")
+        help="block that REPA aligns, counted from 1, or several (default: 4 for S and B, 8 for"
+             " larger models, 2 for nano)")
     digits["lr"] = 4e-3  # 2e-3 and 1e-3 learn more slowly here
     # <<< dit
     if parser.parse_known_args(argv)[0].digits:  # a first pass, to see this one flag
@@ -160,7 +159,7 @@ def parse_args(argv=None):
 
 # >>> dit
 def log_probability(x, mean, log_variance):
-    """Returns ln P(x) of a normal distribution that is rounded to 256 levels from -1 to 1.
+    """Returns ln P(x) if a normal variable is rounded to 256 levels from -1 to 1.
 
     The level of x reaches from x - 1/255 to x + 1/255; the outermost levels have no outer edge.
     official code: this is made for pixels, and DiT applies it to latents / here: the same.
@@ -178,18 +177,19 @@ def log_probability(x, mean, log_variance):
     return p.clamp(min=1e-12).log()
 
 
-def variational_bound(x, eps, e, v, step):
-    """L_vb (arXiv 2102.09672) of each image in bits, the mean over channels and pixels: [N].
+def variational_bound(x, eps, e, mix, at_k):
+    """Returns L_vb (arXiv 2102.09672) of each image in bits, a mean over channels and pixels: [N].
 
-    x, eps, e, v [N, C, H, W]; step: the dit.DDPMStep of the images, whose fields are [N, 1, 1, 1].
+    x, eps, e, mix [N, C, H, W]; at_k: the dit.DDPMStep of the images, with fields [N, 1, 1, 1].
     """
-    log_variance = step.log_variance(v)                              # of p, [N, C, H, W]
+    log_variance = at_k.log_variance(mix)                            # of p, [N, C, H, W]
     # mean of p minus mean of q: c1 (x_e - x), where x_k = alpha x + sigma eps = alpha x_e + sigma e
-    shift = step.c1 * step.sigma / step.alpha * (eps - e)
-    log_ratio = step.log_beta_tilde - log_variance
+    shift = at_k.c1 * at_k.sigma / at_k.alpha * (eps - e)
+    # KL of two normals: (V_q / V_p + shift^2 / V_p - 1 - ln(V_q / V_p)) / 2
+    log_ratio = at_k.log_beta_tilde - log_variance                   # ln(V_q / V_p)
     kl = (log_ratio.exp() + shift**2 * torch.exp(-log_variance) - 1 - log_ratio) / 2
     # at k = 0, c1 is 1 and c2 is 0, so that the mean of p is x_e = x + shift
-    bound = torch.where(step.k > 0, kl, -log_probability(x, x + shift, log_variance))
+    bound = torch.where(at_k.k > 0, kl, -log_probability(x, x + shift, log_variance))
     return bound.flatten(1).mean(1) / np.log(2)
 
 
@@ -204,8 +204,7 @@ class Objective(nn.Module):
         self.aligned_blocks = []
         if self.repa_weight > 0:
             size = args.model.split("/")[0]
-            default = {"nano": 2, "S": 4, "B": 4, "M": 8, "L": 8, "XL": 8}[size]
-            self.aligned_blocks = args.repa_depth or [default]
+            self.aligned_blocks = args.repa_depth or [REPA_DEPTH[size]]
             self.alignment = Alignment(model, self.aligned_blocks, meta)
 
     def forward(self, x, y, uniform, eps, drop, targets=None, control=None):
@@ -215,15 +214,15 @@ class Objective(nn.Module):
         dropped; targets [N, T, sum of E]; control [N, 7], see dit.ControlEmbedder.
         """
         k = (1000 * uniform).long()                                  # [N], 0 to 999
-        step = self.model.steps_at(k)
-        x_k = step.alpha * x + step.sigma * eps                      # [N, C, H, W]
+        at_k = self.model.steps_at(k)
+        x_k = at_k.alpha * x + at_k.sigma * eps                      # [N, C, H, W]
         output, block_tokens = self.model.predict(
             x_k, k.float(), y, drop=drop, control=control, return_blocks=self.aligned_blocks
         )
-        e, v = output.float().chunk(2, dim=1)                        # [N, C, H, W] each
+        e, mix = output.float().chunk(2, dim=1)                      # [N, C, H, W] each
 
         loss_noise = F.mse_loss(e, eps)  # L_simple
-        loss_vb = variational_bound(x, eps, e.detach(), v, step).mean()
+        loss_vb = variational_bound(x, eps, e.detach(), mix, at_k).mean()  # trains mix alone
         loss = loss_noise + loss_vb
         losses = {"loss_noise": loss_noise, "loss_vb": loss_vb}
         if self.alignment is not None:
@@ -243,8 +242,8 @@ class Objective(nn.Module):
 def step_generator(seed, step, device):
     """Returns the generator that one step draws all its random numbers from.
 
-    A CPU generator keeps 32 bits of its seed, so a few of 400,000 steps may share their noise. That
-    does no harm.
+    A CPU generator keeps only 32 bits of its seed: of 400,000 steps, about 19 pairs share their
+    noise, which does no harm.
     """
     stream = files.random_stream("step", seed, step)
     return torch.Generator(device).manual_seed(int(stream.integers(2**63)))
@@ -253,9 +252,9 @@ def step_generator(seed, step, device):
 def data_order(dataset_size, views, global_batch, mine, seed, start):
     """Yields for each step, from `start` on, the indices of the images that this process trains on.
 
-    mine: the slice of the global batch that is this process's. An epoch is a permutation of the
-    images, each in one of its views: view v of image n has the index n * views + v. The incomplete
-    batch at the end of an epoch is dropped.
+    mine: this process's slice of the global batch. An epoch is a permutation of the images, each in
+    one of its views: view v of image n has the index n * views + v. The incomplete batch at the end
+    of an epoch is dropped.
     """
     steps_per_epoch = dataset_size // global_batch
     for step in count(start):
@@ -272,27 +271,28 @@ def data_order(dataset_size, views, global_batch, mine, seed, start):
 def draw_noise(args, model, mine, step, device):
     """Draws all random numbers of one step for the global batch, and returns this process's rows.
 
-    So they depend on (seed, step) alone, and a resumed run continues exactly, with any number of
-    processes. A method draws its own noise last, so that all methods share the rest.
+    Every process draws them all. So they depend on (seed, step) alone: they are the same for any
+    number of processes, and in a resumed run. A method draws its own noise last, so that all
+    methods share the rest.
     """
     generator = step_generator(args.seed, step, device)
     side = model.grid * model.patch_size
     latent_shape = (args.batch_size, model.in_channels, side, side)
 
-    def normal(*shape):
+    def randn(*shape):
         return torch.randn(*shape, generator=generator, device=device)
 
-    def uniform(*shape):
+    def rand(*shape):
         return torch.rand(*shape, generator=generator, device=device)
 
     noise = {
-        "vae_noise": normal(*latent_shape),
-        "uniform": uniform(args.batch_size),  # of which the method makes its times
-        "eps": normal(*latent_shape),
-        "drop": uniform(args.batch_size) < model.y_embedder.dropout_prob,
+        "vae_noise": randn(*latent_shape),
+        "uniform": rand(args.batch_size),  # the method turns these into times
+        "eps": randn(*latent_shape),
+        "drop": rand(args.batch_size) < model.y_embedder.dropout_prob,
     }
     if args.control != "none":
-        noise["keep_control"] = uniform(args.batch_size, 1) >= args.control_drop
+        noise["keep_control"] = rand(args.batch_size, 1) >= args.control_drop
     return {name: value[mine] for name, value in noise.items()}
 
 
@@ -317,18 +317,7 @@ def prepare(args, world):
         raise UserError("--time-normal: leave it out; the timesteps are uniform")
     # <<< dit
     cache = CachedFeatures(args.data, targets=read_targets, control=args.control != "none")
-    pieces = world * (args.micro_batch or 1)  # every process gets whole micro-batches
-    if args.batch_size % pieces:
-        raise UserError(
-            f"--batch-size {args.batch_size}: not a multiple of {pieces} (processes x micro-batch)"
-        )
-    if args.batch_size > len(cache.labels):
-        raise UserError(
-            f"--batch-size {args.batch_size}: {args.data} has {len(cache.labels)} images"
-        )
-    if args.time_normal and args.time_normal[1] <= 0:
-        raise UserError("--time-normal: the second number, STD, must be above 0")
-
+    files.check_flags(args, world, len(cache.labels))
     sizes = dit.parse_model(args.model)
     config = {
         **arch,
@@ -347,7 +336,8 @@ def prepare(args, world):
     elif args.init:
         init, inherited = files.read_init(args.init, config)
         config |= inherited
-    # these flags win over what --init hands on; a resumed run cannot change them, see read_run
+    # these flags override --init; in a resumed run they change nothing, because read_run has
+    # compared them
     if args.pos_base is not None:
         config["pos_base"] = args.pos_base
     if args.time_shift is not None:
@@ -412,9 +402,9 @@ def train(args):
     log = files.TrainingLog(args, step, rank, world, objective.flops(config))
     save = partial(files.save_run, args, config, cache, objective, ema, optimizer, __file__)
     batches = files.until_stopped(cache.loader(order, args.workers, device), log)
-    saved = True  # there is no step yet that the newest checkpoint lacks
+    saved = True  # the newest checkpoint holds all steps so far
 
-    # the loop ends early after a signal or if the data fails; log.finish says so
+    # after a signal, or if the data fails, `batches` ends early; log.finish reports it
     for batch in islice(batches, max(args.steps - step, 0)):
         # 1. data and noise: the arguments of Objective.forward
         batch |= draw_noise(args, model, mine, step, device)
@@ -440,8 +430,8 @@ def train(args):
         for group in optimizer.param_groups:
             group["lr"] = lr
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.clip or np.inf)
-        # fused AdamW skips the step if found_inf is 1 (a flag that GradScaler sets, too); unlike an
-        # `if`, this does not make the CPU wait for the GPU
+        # skips a step whose gradient is not finite: fused AdamW reads this flag, which is
+        # GradScaler's. With an `if`, the CPU would have to wait for the GPU
         optimizer.found_inf = (~grad_norm.isfinite()).float()
         optimizer.step()
         optimizer.zero_grad()

@@ -54,7 +54,7 @@ from extract_features import CachedFeatures, extract_digits, load_autoencoder
 from files import UserError, number
 
 # >>> diversedit
-from train_repa import Alignment, mean_tokens  # REPA + DiverseDiT: tables 1 and 6 of the paper
+from train_repa import REPA_DEPTH, Alignment, mean_tokens  # tables 1 and 6: with REPA
 # <<< diversedit
 
 NAME = Path(__file__).stem.removeprefix("train_")
@@ -108,8 +108,8 @@ def parse_args(argv=None):
     add("--label-drop", type=number(float, 0, below=1), default=0.1,
         help="probability of replacing the label of an image by the null class, for guidance")
     add("--time-normal", type=number(float, -20, 20), nargs=2, metavar=("MEAN", "STD"),
-        help="train with logit t ~ N(MEAN, STD^2) (default: t is uniform); SD-DiT: ln sigma ~"
-             " N(MEAN, STD^2), by default -1.2 1.2")
+        help="train with logit t ~ N(MEAN, STD^2) (default: t is uniform; MeanFlow: -0.4 1.0); for"
+             " SD-DiT, ln sigma ~ N(MEAN, STD^2) (default: -1.2 1.2)")
     add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32",
         help="precision of the network (on CUDA, fp32 products use TF32); weights and optimiser are"
              " always fp32")
@@ -162,8 +162,8 @@ def parse_args(argv=None):
     add("--repa-weight", type=number(float, 0), default=0.0,
         help="lambda of REPA; 0 reads no targets")
     add("--repa-depth", type=number(int, 1), nargs="+", metavar="BLOCK",
-        help="block that REPA aligns, counted from 1, or several (default: 8 from M on, 5 for S"
-             " and B, 2 for nano)")
+        help="block that REPA aligns, counted from 1, or several (default: 5 for S and B, 8 for"
+             " larger models, 2 for nano)")
     # <<< diversedit
     if parser.parse_known_args(argv)[0].digits:  # a first pass, to see this one flag
         parser.set_defaults(**digits)
@@ -251,9 +251,8 @@ class Objective(nn.Module):
         self.alignment = None
         if self.repa_weight > 0:
             size = args.model.split("/")[0]
-            # REPA itself has 4 for S and B
-            default = {"nano": 2, "S": 5, "B": 5, "M": 8, "L": 8, "XL": 8}[size]
-            self.aligned_blocks = args.repa_depth or [default]
+            default = REPA_DEPTH | {"S": 5, "B": 5}  # table A1
+            self.aligned_blocks = args.repa_depth or [default[size]]
             self.alignment = Alignment(model, self.aligned_blocks, meta)
 
     def forward(self, x, y, uniform, eps, drop, chosen, targets=None, control=None):
@@ -337,8 +336,8 @@ def report_cka(model, cache, path, device):
 def step_generator(seed, step, device):
     """Returns the generator that one step draws all its random numbers from.
 
-    A CPU generator keeps 32 bits of its seed, so a few of 400,000 steps may share their noise. That
-    does no harm.
+    A CPU generator keeps only 32 bits of its seed: of 400,000 steps, about 19 pairs share their
+    noise, which does no harm.
     """
     stream = files.random_stream("step", seed, step)
     return torch.Generator(device).manual_seed(int(stream.integers(2**63)))
@@ -347,9 +346,9 @@ def step_generator(seed, step, device):
 def data_order(dataset_size, views, global_batch, mine, seed, start):
     """Yields for each step, from `start` on, the indices of the images that this process trains on.
 
-    mine: the slice of the global batch that is this process's. An epoch is a permutation of the
-    images, each in one of its views: view v of image n has the index n * views + v. The incomplete
-    batch at the end of an epoch is dropped.
+    mine: this process's slice of the global batch. An epoch is a permutation of the images, each in
+    one of its views: view v of image n has the index n * views + v. The incomplete batch at the end
+    of an epoch is dropped.
     """
     steps_per_epoch = dataset_size // global_batch
     for step in count(start):
@@ -366,27 +365,28 @@ def data_order(dataset_size, views, global_batch, mine, seed, start):
 def draw_noise(args, model, mine, step, device):
     """Draws all random numbers of one step for the global batch, and returns this process's rows.
 
-    So they depend on (seed, step) alone, and a resumed run continues exactly, with any number of
-    processes. A method draws its own noise last, so that all methods share the rest.
+    Every process draws them all. So they depend on (seed, step) alone: they are the same for any
+    number of processes, and in a resumed run. A method draws its own noise last, so that all
+    methods share the rest.
     """
     generator = step_generator(args.seed, step, device)
     side = model.grid * model.patch_size
     latent_shape = (args.batch_size, model.in_channels, side, side)
 
-    def normal(*shape):
+    def randn(*shape):
         return torch.randn(*shape, generator=generator, device=device)
 
-    def uniform(*shape):
+    def rand(*shape):
         return torch.rand(*shape, generator=generator, device=device)
 
     noise = {
-        "vae_noise": normal(*latent_shape),
-        "uniform": uniform(args.batch_size),  # of which the method makes its times
-        "eps": normal(*latent_shape),
-        "drop": uniform(args.batch_size) < model.y_embedder.dropout_prob,
+        "vae_noise": randn(*latent_shape),
+        "uniform": rand(args.batch_size),  # the method turns these into times
+        "eps": randn(*latent_shape),
+        "drop": rand(args.batch_size) < model.y_embedder.dropout_prob,
     }
     if args.control != "none":
-        noise["keep_control"] = uniform(args.batch_size, 1) >= args.control_drop
+        noise["keep_control"] = rand(args.batch_size, 1) >= args.control_drop
     return {name: value[mine] for name, value in noise.items()}
 
 
@@ -407,18 +407,7 @@ def prepare(args, world):
     read_targets = args.repa_weight > 0
     # <<< diversedit
     cache = CachedFeatures(args.data, targets=read_targets, control=args.control != "none")
-    pieces = world * (args.micro_batch or 1)  # every process gets whole micro-batches
-    if args.batch_size % pieces:
-        raise UserError(
-            f"--batch-size {args.batch_size}: not a multiple of {pieces} (processes x micro-batch)"
-        )
-    if args.batch_size > len(cache.labels):
-        raise UserError(
-            f"--batch-size {args.batch_size}: {args.data} has {len(cache.labels)} images"
-        )
-    if args.time_normal and args.time_normal[1] <= 0:
-        raise UserError("--time-normal: the second number, STD, must be above 0")
-
+    files.check_flags(args, world, len(cache.labels))
     sizes = dit.parse_model(args.model)
     config = {
         **arch,
@@ -437,7 +426,8 @@ def prepare(args, world):
     elif args.init:
         init, inherited = files.read_init(args.init, config)
         config |= inherited
-    # these flags win over what --init hands on; a resumed run cannot change them, see read_run
+    # these flags override --init; in a resumed run they change nothing, because read_run has
+    # compared them
     if args.pos_base is not None:
         config["pos_base"] = args.pos_base
     if args.time_shift is not None:
@@ -502,9 +492,9 @@ def train(args):
     log = files.TrainingLog(args, step, rank, world, objective.flops(config))
     save = partial(files.save_run, args, config, cache, objective, ema, optimizer, __file__)
     batches = files.until_stopped(cache.loader(order, args.workers, device), log)
-    saved = True  # there is no step yet that the newest checkpoint lacks
+    saved = True  # the newest checkpoint holds all steps so far
 
-    # the loop ends early after a signal or if the data fails; log.finish says so
+    # after a signal, or if the data fails, `batches` ends early; log.finish reports it
     for batch in islice(batches, max(args.steps - step, 0)):
         # 1. data and noise: the arguments of Objective.forward
         batch |= draw_noise(args, model, mine, step, device)
@@ -533,8 +523,8 @@ def train(args):
         for group in optimizer.param_groups:
             group["lr"] = lr
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.clip or np.inf)
-        # fused AdamW skips the step if found_inf is 1 (a flag that GradScaler sets, too); unlike an
-        # `if`, this does not make the CPU wait for the GPU
+        # skips a step whose gradient is not finite: fused AdamW reads this flag, which is
+        # GradScaler's. With an `if`, the CPU would have to wait for the GPU
         optimizer.found_inf = (~grad_norm.isfinite()).float()
         optimizer.step()
         optimizer.zero_grad()

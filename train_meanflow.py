@@ -1,27 +1,29 @@
 """MeanFlow: a network that goes from noise to data in one evaluation (arXiv 2505.13447).
 
-    x_t = (1 - t) x + t eps,   v = eps - x                  t = 0 is data, t = 1 is noise
-    (t - r) u(x_t, r, t) = integral of v from r to t        u is the mean velocity on the path
+    x_t = (1 - t) x + t eps                                 t = 0 is data, t = 1 is noise
+    v(x_t, t) = mean of eps - x over all x, eps at x_t      a path solves dx_t/dt = v
+    (t - r) u(x_t, r, t) = integral of v from r to t        u is the mean of v along the path
     u + (t - r) du/dt = v                                   the same, differentiated by t
     u = v - (t - r) du/dt                                   the MeanFlow identity
-    du/dt = v d_x u + d_t u                                 x moves with v, and r stays
+    du/dt = (d_x u) v + d_t u                               x moves with v, and r stays
 
-    u_tgt = v~ - (t - r) du/dt                              a constant for the gradient
-    v~  = omega v + kappa u(x_t, t, t, y) + (1 - omega - kappa) u(x_t, t, t, null)      guidance
+    u_tgt = v~ - (t - r) ((d_x u) v~ + d_t u)               a constant for the gradient
+    v~  = omega (eps - x) + kappa u(x_t, t, t, y) + (1 - omega - kappa) u(x_t, t, t, null)
     L   = mean over images of E / sg(E + c)^p               --diverse adds w(L_div) L_div
     E   = |u(x_t, r, t, y) - u_tgt|^2                       sum over channels and pixels
     x_r = x_t - (t - r) u(x_t, r, t)                        sampling: t = 1, r = 0 is a single step
 
     x    latent, drawn anew from the VAE's posterior        omega  --omega, together with --kappa;
     eps  noise                                                     the scale is omega / (1 - kappa)
-    u    `model`, a DiT that also embeds t - r;             kappa  --kappa; omega 1, kappa 0: v~ = v
+    u    `model`, a DiT that also embeds t - r;             kappa  --kappa (0, omega 1: no guidance)
          u(x_t, t, t) is the velocity                       p      --power; c is 0.01
     y    class label, sometimes dropped (--label-drop)      sg     without gradient
-    t, r larger and smaller of two draws (--time-normal); r = t in a share --flow-ratio of the rows,
-         where u_tgt is v~, and L is flow matching
+    t, r the larger and the smaller of two draws (--time-normal). A share --flow-ratio of the rows
+         has r = t. There u_tgt is v~: this is flow matching, guided and weighted
 
-The velocity of the path is the mean of eps - x at x_t. A squared error learns such a mean, so the
-target may use the eps - x of one sample.
+v~ stands for v, which is not known. u_tgt is linear in v~, and a squared error learns the mean of
+its targets (exactly with p = 0). So v~ may use the eps - x of one sample. It is guided where t is
+in --guide-interval and the label is kept. Elsewhere v~ = eps - x.
 With p = 1 a row's gradient is that of its squared error, divided by that error. So `loss` is near
 1 for ever. Watch loss_fm, the mean squared error of the rows with r = t, and loss_mean, r < t.
 
@@ -33,7 +35,7 @@ Commands
     Variants:
     --tangent model         x moves with u(x_t, t, t, y) in du/dt, as in iMF (2512.02012)
     --omega 1 --kappa 0     no guidance in the target
-    --flow-ratio 1          flow matching
+    --flow-ratio 1 --power 0 --omega 1 --kappa 0        flow matching, at the larger of two times
 
 To resume, run the same command again. The code of the method stands between `# >>> meanflow` and
 `# <<< meanflow`. All other code is identical in every train_*.py, so a diff of two shows the
@@ -116,8 +118,8 @@ def parse_args(argv=None):
     add("--label-drop", type=number(float, 0, below=1), default=0.1,
         help="probability of replacing the label of an image by the null class, for guidance")
     add("--time-normal", type=number(float, -20, 20), nargs=2, metavar=("MEAN", "STD"),
-        help="train with logit t ~ N(MEAN, STD^2) (default: t is uniform); SD-DiT: ln sigma ~"
-             " N(MEAN, STD^2), by default -1.2 1.2")
+        help="train with logit t ~ N(MEAN, STD^2) (default: t is uniform; MeanFlow: -0.4 1.0); for"
+             " SD-DiT, ln sigma ~ N(MEAN, STD^2) (default: -1.2 1.2)")
     add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32",
         help="precision of the network (on CUDA, fp32 products use TF32); weights and optimiser are"
              " always fp32")
@@ -160,7 +162,7 @@ def parse_args(argv=None):
     # >>> meanflow
     add = parser.add_argument_group("meanflow").add_argument
     add("--flow-ratio", type=number(float, 0, 1), default=0.75,
-        help="share of the rows with r = t, that is, of plain flow matching")
+        help="share of the rows with r = t, whose target is v~ itself")
     add("--power", type=number(float, 0, 10), default=1.0,
         help="p of the adaptive loss; 0 is the squared error, summed over channels and pixels")
     add("--tangent", choices=["data", "model"], default="data",
@@ -186,15 +188,17 @@ def parse_args(argv=None):
 
 # >>> meanflow
 @torch.no_grad()
-def mean_flow_target(u, x_t, r, t, v, tangent=None):
+def mean_flow_target(u, x_t, r, t, v, dx_dt=None):
     """Returns u_tgt = v - (t - r) du/dt (arXiv 2505.13447), the MeanFlow identity, as a constant.
 
     u: a function (x, r, t) -> mean velocity; x_t, v and what is returned: [N, C, H, W]; r, t [N].
-    du/dt is the derivative along the path, on which dx/dt = v, dr/dt = 0 and dt/dt = 1.
-    tangent: another dx/dt, such as the network's own velocity.
+    du/dt is the derivative of u(x_t, r, t) along a path, by the chain rule. dx_dt: v by default.
     """
-    dx_dt = v if tangent is None else tangent
-    _, du_dt = jvp(u, (x_t, r, t), (dx_dt, torch.zeros_like(r), torch.ones_like(t)))
+    if dx_dt is None:
+        dx_dt = v
+    dr_dt = torch.zeros_like(r)
+    dt_dt = torch.ones_like(t)
+    _, du_dt = jvp(u, (x_t, r, t), (dx_dt, dr_dt, dt_dt))
     return v - (t - r).view(-1, 1, 1, 1) * du_dt
 
 
@@ -202,10 +206,11 @@ def adaptive_loss(u, target, power=1.0, c=0.01):
     """Returns the mean of E / sg(E + c)^power over the images, and their mean squared errors [N].
 
     E is the squared error of an image, summed over channels and pixels.
-    c / official code: 0.01 in JAX, 0.001 in PyTorch / here: 0.01; E is thousands for latents.
+    official code: c is 0.01 in JAX, 0.001 in PyTorch / here: 0.01. It hardly matters, because E is
+    in the thousands for latents of 4 x 32 x 32.
     """
     squares = F.mse_loss(u.float(), target, reduction="none").flatten(1)  # [N, C H W]
-    error = squares.sum(1)                                           # [N,]
+    error = squares.sum(1)                                           # [N]
     weight = (error.detach() + c) ** -power
     return (weight * error).mean(), squares.mean(1)
 
@@ -225,7 +230,7 @@ class Objective(nn.Module):
         self.guide_interval = args.guide_interval
         self.num_chosen = min(10, len(model.blocks))
         dropped = model.y_embedder.dropout_prob
-        self.share = min(1 - args.flow_ratio, 1 - dropped)  # of the rows with r < t
+        self.share_below = min(1 - args.flow_ratio, 1 - dropped)  # the rows with r < t
         low, high = args.guide_interval
         if low >= high:
             raise UserError(f"--guide-interval {low} {high}: the lower time comes first")
@@ -251,12 +256,12 @@ class Objective(nn.Module):
         r = torch.where(r_below_t, torch.minimum(first, second), t)
         t_image = t.view(-1, 1, 1, 1)
         x_t = (1 - t_image) * x + t_image * eps                      # [N, C, H, W]
-        v = self.guide(eps - x, x_t, t, y, drop, control)            # v~
+        v_tilde = self.guide(eps - x, x_t, t, y, drop, control)      # [N, C, H, W]
 
         # u_tgt is v~ where r = t; only the other rows need du/dt
-        target = v.clone()
-        rows = r_below_t.nonzero().flatten()                         # [M,]
-        target[rows] = self.target_of_rows(rows, v, x_t, r, t, y, control)
+        target = v_tilde.clone()
+        rows = r_below_t.nonzero().flatten()                         # [M]
+        target[rows] = self.target_of_rows(rows, v_tilde, x_t, r, t, y, control)
 
         # an ordinary forward pass: compiled, with fused attention, and seen by DDP
         u, tokens = self.model(
@@ -264,11 +269,11 @@ class Objective(nn.Module):
         )
         loss, mse = adaptive_loss(u, target, self.power)
         losses = {}
-        # divided by the expected number of rows: means over micro-batches and processes are exact
-        if self.share < 1:
-            losses["loss_fm"] = (mse * ~r_below_t).mean() / (1 - self.share)
-        if self.share > 0:
-            losses["loss_mean"] = (mse * r_below_t).mean() / self.share
+        # divided by the expected number of rows, so that the split of the batch changes nothing
+        if self.share_below < 1:
+            losses["loss_fm"] = (mse * ~r_below_t).mean() / (1 - self.share_below)
+        if self.share_below > 0:
+            losses["loss_mean"] = (mse * r_below_t).mean() / self.share_below
         if chosen:
             loss_div, _ = diversity_loss(torch.stack(tokens))        # of [m, N, T, D]
             loss_div = mean_over_ranks(loss_div)
@@ -281,7 +286,7 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def guide(self, v, x_t, t, y, drop, control):
-        """Returns v~ [N, C, H, W]: v, guided where the label is kept and t is in the interval."""
+        """Returns v~ [N, C, H, W]: v = eps - x, guided where t is inside and the label is kept."""
         if not (self.kappa or self.null_weight):
             return v
         guided = self.omega * v
@@ -291,11 +296,11 @@ class Objective(nn.Module):
             null = torch.ones_like(drop)
             guided = guided + self.null_weight * self.model(x_t, t, y, drop=null, control=control)
         low, high = self.guide_interval
-        inside = (low <= t) & (t <= high) & ~drop                    # [N,]
+        inside = (low <= t) & (t <= high) & ~drop                    # [N]
         return torch.where(inside.view(-1, 1, 1, 1), guided, v)
 
     @torch.no_grad()
-    def target_of_rows(self, rows, v, x_t, r, t, y, control):
+    def target_of_rows(self, rows, v_tilde, x_t, r, t, y, control):
         """Returns u_tgt [M, C, H, W] of rows with r < t, none of which has lost its label."""
         y = y[rows]
         if control is not None:
@@ -307,10 +312,10 @@ class Objective(nn.Module):
         # jvp has no formula for fused attention. It cannot pass compiled blocks either: without
         # force_eager, they would silently stay uncompiled for the rest of the run
         with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
-            tangent = v[rows]
+            dx_dt = None  # x moves with v~
             if self.tangent == "model":
-                tangent = u(x_t[rows], t[rows], t[rows]).float()
-            return mean_flow_target(u, x_t[rows], r[rows], t[rows], v[rows], tangent)
+                dx_dt = u(x_t[rows], t[rows], t[rows]).float()
+            return mean_flow_target(u, x_t[rows], r[rows], t[rows], v_tilde[rows], dx_dt)
 
     def flops(self, config):
         """Returns the FLOPs of a training step per image.
@@ -320,7 +325,7 @@ class Objective(nn.Module):
         taken of the tangent.
         """
         passes = 3 + bool(self.kappa) + bool(self.null_weight)
-        passes += self.share * (3 if self.tangent == "model" else 2)
+        passes += self.share_below * (3 if self.tangent == "model" else 2)
         return passes * dit.forward_flops(config)
 
 
@@ -342,8 +347,8 @@ def compare_samplers(model, cache, autoencoder, path, args):
 def step_generator(seed, step, device):
     """Returns the generator that one step draws all its random numbers from.
 
-    A CPU generator keeps 32 bits of its seed, so a few of 400,000 steps may share their noise. That
-    does no harm.
+    A CPU generator keeps only 32 bits of its seed: of 400,000 steps, about 19 pairs share their
+    noise, which does no harm.
     """
     stream = files.random_stream("step", seed, step)
     return torch.Generator(device).manual_seed(int(stream.integers(2**63)))
@@ -352,9 +357,9 @@ def step_generator(seed, step, device):
 def data_order(dataset_size, views, global_batch, mine, seed, start):
     """Yields for each step, from `start` on, the indices of the images that this process trains on.
 
-    mine: the slice of the global batch that is this process's. An epoch is a permutation of the
-    images, each in one of its views: view v of image n has the index n * views + v. The incomplete
-    batch at the end of an epoch is dropped.
+    mine: this process's slice of the global batch. An epoch is a permutation of the images, each in
+    one of its views: view v of image n has the index n * views + v. The incomplete batch at the end
+    of an epoch is dropped.
     """
     steps_per_epoch = dataset_size // global_batch
     for step in count(start):
@@ -371,33 +376,35 @@ def data_order(dataset_size, views, global_batch, mine, seed, start):
 def draw_noise(args, model, mine, step, device):
     """Draws all random numbers of one step for the global batch, and returns this process's rows.
 
-    So they depend on (seed, step) alone, and a resumed run continues exactly, with any number of
-    processes. A method draws its own noise last, so that all methods share the rest.
+    Every process draws them all. So they depend on (seed, step) alone: they are the same for any
+    number of processes, and in a resumed run. A method draws its own noise last, so that all
+    methods share the rest.
     """
     generator = step_generator(args.seed, step, device)
     side = model.grid * model.patch_size
     latent_shape = (args.batch_size, model.in_channels, side, side)
 
-    def normal(*shape):
+    def randn(*shape):
         return torch.randn(*shape, generator=generator, device=device)
 
-    def uniform(*shape):
+    def rand(*shape):
         return torch.rand(*shape, generator=generator, device=device)
 
     noise = {
-        "vae_noise": normal(*latent_shape),
-        "uniform": uniform(args.batch_size),  # of which the method makes its times
-        "eps": normal(*latent_shape),
-        "drop": uniform(args.batch_size) < model.y_embedder.dropout_prob,
+        "vae_noise": randn(*latent_shape),
+        "uniform": rand(args.batch_size),  # the method turns these into times
+        "eps": randn(*latent_shape),
+        "drop": rand(args.batch_size) < model.y_embedder.dropout_prob,
     }
     if args.control != "none":
-        noise["keep_control"] = uniform(args.batch_size, 1) >= args.control_drop
+        noise["keep_control"] = rand(args.batch_size, 1) >= args.control_drop
     # >>> meanflow
-    noise["other_uniform"] = uniform(args.batch_size)
-    # official code, here: a row with r < t keeps its label, so that the null class is trained at
-    # r = t only / official code: the first rows of every batch have r = t / here: random ones have
+    noise["other_uniform"] = rand(args.batch_size)
+    # official code: the first rows have r = t, and the first of these lose their labels / here:
+    # random rows do. In both, a row with r < t keeps its label: so the share 1 - flow_ratio of all
+    # rows is drawn among those that keep it
     kept = 1 - model.y_embedder.dropout_prob
-    below = uniform(args.batch_size) * kept < 1 - args.flow_ratio
+    below = rand(args.batch_size) * kept < 1 - args.flow_ratio
     noise["r_below_t"] = below & ~noise["drop"]
     # <<< meanflow
     return {name: value[mine] for name, value in noise.items()}
@@ -420,18 +427,7 @@ def prepare(args, world):
     read_targets = False
     # <<< meanflow
     cache = CachedFeatures(args.data, targets=read_targets, control=args.control != "none")
-    pieces = world * (args.micro_batch or 1)  # every process gets whole micro-batches
-    if args.batch_size % pieces:
-        raise UserError(
-            f"--batch-size {args.batch_size}: not a multiple of {pieces} (processes x micro-batch)"
-        )
-    if args.batch_size > len(cache.labels):
-        raise UserError(
-            f"--batch-size {args.batch_size}: {args.data} has {len(cache.labels)} images"
-        )
-    if args.time_normal and args.time_normal[1] <= 0:
-        raise UserError("--time-normal: the second number, STD, must be above 0")
-
+    files.check_flags(args, world, len(cache.labels))
     sizes = dit.parse_model(args.model)
     config = {
         **arch,
@@ -450,7 +446,8 @@ def prepare(args, world):
     elif args.init:
         init, inherited = files.read_init(args.init, config)
         config |= inherited
-    # these flags win over what --init hands on; a resumed run cannot change them, see read_run
+    # these flags override --init; in a resumed run they change nothing, because read_run has
+    # compared them
     if args.pos_base is not None:
         config["pos_base"] = args.pos_base
     if args.time_shift is not None:
@@ -515,9 +512,9 @@ def train(args):
     log = files.TrainingLog(args, step, rank, world, objective.flops(config))
     save = partial(files.save_run, args, config, cache, objective, ema, optimizer, __file__)
     batches = files.until_stopped(cache.loader(order, args.workers, device), log)
-    saved = True  # there is no step yet that the newest checkpoint lacks
+    saved = True  # the newest checkpoint holds all steps so far
 
-    # the loop ends early after a signal or if the data fails; log.finish says so
+    # after a signal, or if the data fails, `batches` ends early; log.finish reports it
     for batch in islice(batches, max(args.steps - step, 0)):
         # 1. data and noise: the arguments of Objective.forward
         batch |= draw_noise(args, model, mine, step, device)
@@ -548,8 +545,8 @@ def train(args):
         for group in optimizer.param_groups:
             group["lr"] = lr
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.clip or np.inf)
-        # fused AdamW skips the step if found_inf is 1 (a flag that GradScaler sets, too); unlike an
-        # `if`, this does not make the CPU wait for the GPU
+        # skips a step whose gradient is not finite: fused AdamW reads this flag, which is
+        # GradScaler's. With an `if`, the CPU would have to wait for the GPU
         optimizer.found_inf = (~grad_norm.isfinite()).float()
         optimizer.step()
         optimizer.zero_grad()

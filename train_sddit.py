@@ -106,8 +106,8 @@ def parse_args(argv=None):
     add("--label-drop", type=number(float, 0, below=1), default=0.1,
         help="probability of replacing the label of an image by the null class, for guidance")
     add("--time-normal", type=number(float, -20, 20), nargs=2, metavar=("MEAN", "STD"),
-        help="train with logit t ~ N(MEAN, STD^2) (default: t is uniform); SD-DiT: ln sigma ~"
-             " N(MEAN, STD^2), by default -1.2 1.2")
+        help="train with logit t ~ N(MEAN, STD^2) (default: t is uniform; MeanFlow: -0.4 1.0); for"
+             " SD-DiT, ln sigma ~ N(MEAN, STD^2) (default: -1.2 1.2)")
     add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32",
         help="precision of the network (on CUDA, fp32 products use TF32); weights and optimiser are"
              " always fp32")
@@ -263,13 +263,13 @@ class Objective(nn.Module):
             raise UserError(f"--mask-ratio {args.mask_ratio}: keeps none of {patches} patches")
         self.model = model
         self.time_normal = args.time_normal
-        self.weight = args.sd_weight
+        self.sd_weight = args.sd_weight
         self.tau_s = args.tau_s
         self.tau_range = args.tau_t
         self.teacher_noise = args.teacher_noise
         self.momenta = args.teacher_momentum
         self.epoch_steps = meta["images"] // args.batch_size
-        if self.weight == 0:
+        if self.sd_weight == 0:
             return  # without a head and a teacher
 
         sizes = {}
@@ -285,7 +285,7 @@ class Objective(nn.Module):
         self.teacher_head = deepcopy(self.head).requires_grad_(False)
         # the steps over which m rises: a buffer, so that a resumed run keeps its first number
         self.register_buffer("schedule_steps", torch.tensor(float(args.steps)))
-        self.schedule = None  # the same number on the CPU, see after_step
+        self.total_steps = None  # schedule_steps as a Python number, see after_step
         self.register_buffer("centers", torch.zeros(2, len(self.head.prototypes)))  # CLS, patches
         self.register_buffer("cosine_sum", torch.zeros_like(self.centers), persistent=False)
 
@@ -307,7 +307,7 @@ class Objective(nn.Module):
             x_student, sigma, y, drop=drop, control=control, visible=visible, return_tokens=True
         )
         loss_edm = generative_loss(output, x, eps, sigma)
-        if self.weight == 0:
+        if self.sd_weight == 0:
             return {"loss": loss_edm, "loss_edm": loss_edm}
 
         if self.teacher_noise == "student":
@@ -322,7 +322,7 @@ class Objective(nn.Module):
             )
         with torch.autocast(x.device.type, enabled=False):  # the authors report NaN in fp16
             losses = self.compare(student_tokens, teacher_tokens, visible, step)
-        loss = loss_edm + self.weight * (losses["loss_cls"] + losses["loss_patch"])
+        loss = loss_edm + self.sd_weight * (losses["loss_cls"] + losses["loss_patch"])
         return {"loss": loss, "loss_edm": loss_edm, **losses}
 
     def compare(self, student_tokens, teacher_tokens, visible, step):
@@ -350,7 +350,7 @@ class Objective(nn.Module):
         return {
             "loss_cls": loss_cls,
             "loss_patch": loss_patch,
-            **patch,
+            **patch,  # teacher_entropy, batch_entropy, kl and prototypes_used of the patches
             "cls_entropy": cls["teacher_entropy"],
             # equal to cls_entropy if every image has the same CLS assignment
             "cls_batch_entropy": cls["batch_entropy"],
@@ -401,9 +401,9 @@ class Objective(nn.Module):
         self.centers.lerp_(mean, 0.1)
         self.cosine_sum.zero_()
 
-        if self.schedule is None:  # read once: reading a buffer makes the host wait for the GPU
-            self.schedule = self.schedule_steps.item()
-        m = teacher_momentum(min(step, self.schedule), self.schedule, *self.momenta)
+        if self.total_steps is None:  # read once: reading a buffer makes the CPU wait for the GPU
+            self.total_steps = self.schedule_steps.item()
+        m = teacher_momentum(min(step, self.total_steps), self.total_steps, *self.momenta)
         for teacher, student in ((self.teacher, self.model), (self.teacher_head, self.head)):
             trained = dict(student.named_parameters())
             names = [name for name, _ in teacher.named_parameters()]  # without the decoder's
@@ -422,7 +422,7 @@ class Objective(nn.Module):
         """Returns the FLOPs of a training step per image: the teacher only runs forward."""
         visible = torch.zeros(1, self.num_visible, dtype=torch.int64, device="meta")
         student = dit.forward_flops(config, visible=visible)
-        if self.weight == 0:
+        if self.sd_weight == 0:
             return 3 * student
         mlp = 2 * sum(p.numel() for p in self.head.mlp.parameters() if p.ndim == 2)
         cosines = 2 * self.head.prototypes.numel() * (1 + self.num_visible)
@@ -436,8 +436,8 @@ class Objective(nn.Module):
 def step_generator(seed, step, device):
     """Returns the generator that one step draws all its random numbers from.
 
-    A CPU generator keeps 32 bits of its seed, so a few of 400,000 steps may share their noise. That
-    does no harm.
+    A CPU generator keeps only 32 bits of its seed: of 400,000 steps, about 19 pairs share their
+    noise, which does no harm.
     """
     stream = files.random_stream("step", seed, step)
     return torch.Generator(device).manual_seed(int(stream.integers(2**63)))
@@ -446,9 +446,9 @@ def step_generator(seed, step, device):
 def data_order(dataset_size, views, global_batch, mine, seed, start):
     """Yields for each step, from `start` on, the indices of the images that this process trains on.
 
-    mine: the slice of the global batch that is this process's. An epoch is a permutation of the
-    images, each in one of its views: view v of image n has the index n * views + v. The incomplete
-    batch at the end of an epoch is dropped.
+    mine: this process's slice of the global batch. An epoch is a permutation of the images, each in
+    one of its views: view v of image n has the index n * views + v. The incomplete batch at the end
+    of an epoch is dropped.
     """
     steps_per_epoch = dataset_size // global_batch
     for step in count(start):
@@ -465,30 +465,31 @@ def data_order(dataset_size, views, global_batch, mine, seed, start):
 def draw_noise(args, model, mine, step, device):
     """Draws all random numbers of one step for the global batch, and returns this process's rows.
 
-    So they depend on (seed, step) alone, and a resumed run continues exactly, with any number of
-    processes. A method draws its own noise last, so that all methods share the rest.
+    Every process draws them all. So they depend on (seed, step) alone: they are the same for any
+    number of processes, and in a resumed run. A method draws its own noise last, so that all
+    methods share the rest.
     """
     generator = step_generator(args.seed, step, device)
     side = model.grid * model.patch_size
     latent_shape = (args.batch_size, model.in_channels, side, side)
 
-    def normal(*shape):
+    def randn(*shape):
         return torch.randn(*shape, generator=generator, device=device)
 
-    def uniform(*shape):
+    def rand(*shape):
         return torch.rand(*shape, generator=generator, device=device)
 
     noise = {
-        "vae_noise": normal(*latent_shape),
-        "uniform": uniform(args.batch_size),  # of which the method makes its times
-        "eps": normal(*latent_shape),
-        "drop": uniform(args.batch_size) < model.y_embedder.dropout_prob,
+        "vae_noise": randn(*latent_shape),
+        "uniform": rand(args.batch_size),  # the method turns these into times
+        "eps": randn(*latent_shape),
+        "drop": rand(args.batch_size) < model.y_embedder.dropout_prob,
     }
     if args.control != "none":
-        noise["keep_control"] = uniform(args.batch_size, 1) >= args.control_drop
+        noise["keep_control"] = rand(args.batch_size, 1) >= args.control_drop
     # >>> sddit
-    noise["mask_noise"] = uniform(args.batch_size, model.grid**2)
-    noise["teacher_uniform"] = uniform(args.batch_size)
+    noise["mask_noise"] = rand(args.batch_size, model.grid**2)
+    noise["teacher_uniform"] = rand(args.batch_size)
     # <<< sddit
     return {name: value[mine] for name, value in noise.items()}
 
@@ -512,18 +513,7 @@ def prepare(args, world):
     read_targets = False
     # <<< sddit
     cache = CachedFeatures(args.data, targets=read_targets, control=args.control != "none")
-    pieces = world * (args.micro_batch or 1)  # every process gets whole micro-batches
-    if args.batch_size % pieces:
-        raise UserError(
-            f"--batch-size {args.batch_size}: not a multiple of {pieces} (processes x micro-batch)"
-        )
-    if args.batch_size > len(cache.labels):
-        raise UserError(
-            f"--batch-size {args.batch_size}: {args.data} has {len(cache.labels)} images"
-        )
-    if args.time_normal and args.time_normal[1] <= 0:
-        raise UserError("--time-normal: the second number, STD, must be above 0")
-
+    files.check_flags(args, world, len(cache.labels))
     sizes = dit.parse_model(args.model)
     config = {
         **arch,
@@ -542,7 +532,8 @@ def prepare(args, world):
     elif args.init:
         init, inherited = files.read_init(args.init, config)
         config |= inherited
-    # these flags win over what --init hands on; a resumed run cannot change them, see read_run
+    # these flags override --init; in a resumed run they change nothing, because read_run has
+    # compared them
     if args.pos_base is not None:
         config["pos_base"] = args.pos_base
     if args.time_shift is not None:
@@ -607,9 +598,9 @@ def train(args):
     log = files.TrainingLog(args, step, rank, world, objective.flops(config))
     save = partial(files.save_run, args, config, cache, objective, ema, optimizer, __file__)
     batches = files.until_stopped(cache.loader(order, args.workers, device), log)
-    saved = True  # there is no step yet that the newest checkpoint lacks
+    saved = True  # the newest checkpoint holds all steps so far
 
-    # the loop ends early after a signal or if the data fails; log.finish says so
+    # after a signal, or if the data fails, `batches` ends early; log.finish reports it
     for batch in islice(batches, max(args.steps - step, 0)):
         # 1. data and noise: the arguments of Objective.forward
         batch |= draw_noise(args, model, mine, step, device)
@@ -643,8 +634,8 @@ def train(args):
             objective.head.prototypes.grad = None
         # <<< sddit
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.clip or np.inf)
-        # fused AdamW skips the step if found_inf is 1 (a flag that GradScaler sets, too); unlike an
-        # `if`, this does not make the CPU wait for the GPU
+        # skips a step whose gradient is not finite: fused AdamW reads this flag, which is
+        # GradScaler's. With an `if`, the CPU would have to wait for the GPU
         optimizer.found_inf = (~grad_norm.isfinite()).float()
         optimizer.step()
         optimizer.zero_grad()

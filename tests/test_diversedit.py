@@ -53,7 +53,9 @@ def test_wiring():
     for layer in model.long_residuals:
         layer.register_forward_hook(lambda module, inputs, output: fused.append((*inputs, output)))
     embedding = torch.randn(2, 16, 32)
-    outputs = list(model.run_blocks(embedding, torch.zeros(2, 32)))
+    last, kept = model.run_blocks(embedding, torch.zeros(2, 32), range(1, 7))
+    outputs = [kept[b] for b in range(1, 7)]
+    assert last is outputs[-1]
     assert len(fused) == 3 and len(outputs) == 6
     for k, partner in enumerate((2, 1, 0)):
         stream, skip, output = fused[k]

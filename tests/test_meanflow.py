@@ -366,7 +366,7 @@ def test_shares_of_the_rows(cache, ratio, drop):
     share = min(1 - ratio, 1 - drop)
     assert noise["r_below_t"].float().mean().item() == pytest.approx(share, abs=0.01)
     assert noise["drop"].float().mean().item() == pytest.approx(drop, abs=0.01)
-    assert train_meanflow.Objective(model, args, {}).share == pytest.approx(share)
+    assert train_meanflow.Objective(model, args, {}).share_below == pytest.approx(share)
 
 
 def test_times_reach_the_model(cache):
