@@ -29,6 +29,44 @@ EXTRACT = "--image-size 8 --patch 2 --vae none --encoder hog --batch-size 16 --w
 TINY = (2, 32, 2)  # blocks, width, heads
 
 
+# --- `pytest` without arguments runs half of the tests in a second process
+
+
+def pytest_configure(config):
+    config.half = os.environ.get("HALF_OF_THE_TESTS")
+    config.other_half = None
+    if config.half or config.invocation_params.args:
+        return
+    config.half = "0"
+    config.other_half = subprocess.Popen(
+        [sys.executable, "-m", "pytest", "--quiet"],
+        cwd=config.rootpath,
+        env=os.environ | {"HALF_OF_THE_TESTS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.half:
+        config.hook.pytest_deselected(items=items[1 - int(config.half) :: 2])
+        items[:] = items[int(config.half) :: 2]
+
+
+def pytest_sessionfinish(session):
+    if session.config.other_half:
+        session.config.other_output = session.config.other_half.communicate()[0]
+        if session.config.other_half.returncode:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.other_half:
+        terminalreporter.section("the other half of the tests")
+        terminalreporter.write_line(config.other_output)
+
+
 # --- runs in this process
 
 
