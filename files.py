@@ -813,8 +813,11 @@ def read_ahead(dataset, workers, **options):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield from batches
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
+    except (RuntimeError, OSError, EOFError) as error:
+        # a worker that dies may also leave a tensor half sent, so this does not ask for a type
+        for process in processes:
+            process.join(0.1)
+        if not any(process.exitcode for process in processes):
             raise
         raise UserError(
             f"a loader process died ({first_sentence(error)}); try fewer --workers"

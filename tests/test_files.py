@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -237,6 +238,29 @@ def test_a_loader_process_that_is_killed(cache, tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0 and "Traceback" not in errors
     assert "--workers" in errors.splitlines()[-1] and saved_step(out) >= 40
+
+
+class Tens:
+    def __len__(self):
+        return 1000
+
+    def __getitem__(self, i):
+        return torch.tensor(10 * i)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("reset"), EOFError("end"), RuntimeError("worker")])
+def test_an_error_while_a_loader_process_is_dead_is_its_death(error):
+    """It may leave a tensor half sent. With all processes alive, the same error is a bug."""
+    before = multiprocessing.active_children()
+    for is_dead in (True, False):
+        loader = files.read_ahead(Tens(), 1, batch_size=None)
+        assert next(loader).item() == 0
+        (child,) = [child for child in multiprocessing.active_children() if child not in before]
+        if is_dead:
+            os.kill(child.pid, signal.SIGKILL)
+        expected = (files.UserError, "--workers") if is_dead else (type(error), str(error))
+        with pytest.raises(expected[0], match=expected[1]):
+            loader.throw(error)
 
 
 def test_the_first_command_after_kill_9_goes_on(cache, tmp_path):
