@@ -46,6 +46,13 @@ def test_the_tables_hold_the_figures():
     assert "accuracy is then {:.0f}, {:.0f} and {:.0f} %".format(*last) in README
 
 
+def test_the_table_of_one_seed_holds_the_packed_runs():
+    page = (PAGES / "digits.md").read_text()
+    results = digits.packed_results()
+    if results:
+        assert digits.first_seed(results) in page and digits.one_seed_evaluations(results) in page
+
+
 def test_the_logs_hold_the_losses():
     with zipfile.ZipFile(PAGES / "digits-logs.zip") as logs:
         for result in RESULTS:
@@ -114,10 +121,15 @@ def test_a_row_runs_and_is_resumed(tmp_path, monkeypatch):
 def test_runs_are_packed_and_unpacked(tmp_path, monkeypatch, capsys):
     """Figures and logs of all runs, ten samples of the runs with the first seed; a second pack adds to it."""
     monkeypatch.setattr(digits, "RUNS", tmp_path / "runs.zip")
+    monkeypatch.setattr(digits, "HERE", tmp_path)
+    page = "before\n<!-- first seed -->\nold\n<!-- end of first seed -->\nafter\n"
+    (tmp_path / "digits.md").write_text(page)
     for folder, name in (("a", "repa-2"), ("a", "repa-3"), ("b", "plain-2")):
         run = tmp_path / folder / name
         run.mkdir(parents=True)
-        (run / "result.json").write_text(name)
+        points = [{"step": step, "accuracy": 0.25, "fd": 1.5} for step in digits.STEPS]
+        result = {"row": name.split("-")[0], "seed": int(name[-1]), "points": points}
+        (run / "result.json").write_text(json.dumps(result))
         (run / "log.jsonl").write_text("log")
         np.savez(run / "samples-1000.npz", arr_0=np.arange(20), arr_1=np.arange(20))
     (tmp_path / "a" / "sddit-2").mkdir()  # not done
@@ -126,7 +138,10 @@ def test_runs_are_packed_and_unpacked(tmp_path, monkeypatch, capsys):
     assert "3 runs" in capsys.readouterr().out
     digits.unpack(tmp_path / "new")
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"repa-2", "repa-3", "plain-2"}
-    assert (tmp_path / "new" / "plain-2" / "result.json").read_text() == "plain-2"
+    assert json.loads((tmp_path / "new" / "plain-2" / "result.json").read_text())["row"] == "plain"
+    page = (tmp_path / "digits.md").read_text()
+    assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
+    assert page.count("25.0, 1.500") == 8, "two rows with the first seed, four steps"
     assert not (tmp_path / "new" / "repa-3" / "samples-1000.npz").exists()
     samples = np.load(tmp_path / "new" / "repa-2" / "samples-1000.npz")["arr_0"]
     assert samples.tolist() == list(range(10))

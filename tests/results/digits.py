@@ -281,6 +281,60 @@ def draw_samples(folder, seed, path, scale=6):
     sheet.save(path, optimize=True)
 
 
+ONE_STEP = {  # what the second picture shows: row, flags of sample.py, text
+    "plain 1": ("plain", "--sampler ode --steps 1", "SiT, 1 evaluation"),
+    "mean 1": ("meanflow", "--sampler mean --steps 1", "MeanFlow, 1 evaluation"),
+    "plain 25": ("plain", "--sampler ode --steps 25", "SiT, 25 evaluations"),
+    "mean 25": ("meanflow", "--sampler ode --steps 25", "MeanFlow, 25 evaluations"),
+}
+
+
+def draw_one_step(folder, path, scale=6):
+    """Ten noises, and what one and 25 evaluations of plain flow matching and of MeanFlow make of them."""
+    side, left = 8 * scale + 2, 190
+    sheet = Image.new("RGB", (left + 10 * side, len(ONE_STEP) * (side + 4)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for j, (name, (row, flags, text)) in enumerate(ONE_STEP.items()):
+        run = folder / f"{row}-{SEEDS[0]}"
+        drawn = run / f"one-step-{name.replace(' ', '-')}.npz"
+        if not drawn.exists():
+            flags = f"{flags} --num 10 --labels balanced --out {drawn}"
+            sample.main([str(run / f"{STEPS[-1]:07d}.pt"), *flags.split()])
+        y = j * (side + 4)
+        pen.text((2, y + side // 2), text, fill="black", font=ImageFont.load_default(15), anchor="lm")
+        images = np.load(drawn)["arr_0"]
+        for k, image in enumerate(images.repeat(scale, axis=1).repeat(scale, axis=2)):
+            sheet.paste(Image.fromarray(image), (left + k * side, y))
+    sheet.save(path, optimize=True)
+
+
+def first_seed(results):
+    """A table of all rows with the first seed alone, which needs no statistics."""
+    lines = []
+    for row, (name, _, command) in ROWS.items():
+        for result in results:
+            if (result["row"], result["seed"]) == (row, SEEDS[0]):
+                cells = [f"{100 * point['accuracy']:.1f}, {point['fd']:.3f}" for point in result["points"]]
+                lines.append([name, *cells, f"`{command}`"])
+    head = [f"seed {SEEDS[0]}: accuracy in %, FD", *(f"step {step}" for step in STEPS), "command"]
+    return "\n".join(markdown(head, lines))
+
+
+def one_seed_evaluations(results):
+    """The FD of MeanFlow's networks by the number of evaluations, with the first seed alone."""
+    runs = {result["row"]: result for result in results if result["seed"] == SEEDS[0]}
+    lines = []
+    for row, (name, _, _) in ROWS.items():
+        if "evaluations" in runs.get(row, {}):
+            lines.append([name, *(f"{fd:.3f}" for fd in runs[row]["evaluations"].values())])
+    return "\n".join(markdown([f"seed {SEEDS[0]}: FD by evaluations", "1", *MORE], lines))
+
+
+def packed_results():
+    """The results in digits-runs.zip."""
+    return [json.loads(text) for name, text in unpacked().items() if name.endswith("result.json")]
+
+
 def pack(folder):
     """Adds the runs that are done to digits-runs.zip: figures, logs, and the digits of the picture."""
     runs = unpacked()
@@ -296,7 +350,16 @@ def pack(folder):
     with zipfile.ZipFile(RUNS, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in sorted(runs.items()):
             archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)  # without a date
+    text = f"{first_seed(packed_results())}\n\n{one_seed_evaluations(packed_results())}"
+    replace_between("<!-- first seed -->", text, "<!-- end of first seed -->")
     print(f"{RUNS}: {sum(name.endswith('result.json') for name in runs)} runs")
+
+
+def replace_between(start, text, end):
+    """Puts a text between two marks of digits.md."""
+    head, _, rest = (HERE / "digits.md").read_text().partition(start)
+    tail = rest.partition(end)[2]
+    (HERE / "digits.md").write_text(f"{head}{start}\n{text}\n{end}{tail}")
 
 
 def unpacked():
@@ -329,12 +392,10 @@ def report(folder):
         for name, path in runs.items():
             info = zipfile.ZipInfo(f"{name}.jsonl")  # without a date
             logs.writestr(info, (path / "log.jsonl").read_bytes(), zipfile.ZIP_DEFLATED)
-    head, _, rest = (HERE / "digits.md").read_text().partition("<!-- tables -->")
-    tail = rest.partition("<!-- end of tables -->")[2]
-    text = f"{head}<!-- tables -->\n{table(results)}\n<!-- end of tables -->{tail}"
-    (HERE / "digits.md").write_text(text)
+    replace_between("<!-- tables -->", table(results), "<!-- end of tables -->")
     draw_curves(results, HERE / "digits-curves.png")
     draw_samples(folder, SEEDS[0], HERE / "digits-samples.png")
+    draw_one_step(folder, HERE.parent / "one-step.png")
 
 
 def parse_args(argv=None):
