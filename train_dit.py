@@ -73,7 +73,7 @@ def parse_args(argv=None):
         help="steps between rows of log.jsonl")
     add("--sample-every", type=number(int, 0), default=10_000,
         help="steps between previews; 0 for none")
-    add("--save-every", type=number(int, 1), default=5_000,
+    add("--save-every", type=number(int, 1), default=10_000,
         help="steps between checkpoints; one is also saved with every preview")
     add("--keep-every", type=number(int, 1), default=50_000,
         help="steps between snapshots STEP.pt, which are kept")
