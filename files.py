@@ -86,6 +86,7 @@ def save_run(args, config, cache, objective, ema, optimizer, script, step):
         "config": config,
         "data": cache.meta,
         "control": cache.control_table,
+        "script": Path(script).name,
         "code": file_hash(script),
         "model": objective.model.state_dict(),
         "ema": ema.state_dict(),
@@ -139,8 +140,8 @@ def read_run(args, data, script):
 
     checkpoint = read_checkpoint(folder, resume=True)
     step = checkpoint["step"]
-    there = checkpoint["args"] | {"cache": checkpoint["data"]}
-    here = vars(args) | {"cache": data}
+    there = {"script": checkpoint["script"]} | checkpoint["args"] | {"cache": checkpoint["data"]}
+    here = {"script": Path(script).name} | vars(args) | {"cache": data}
     difference = first_difference(there, here, FREE_FLAGS | RESCUE_FLAGS)
     if difference:
         raise UserError(f"{folder} holds another run: {difference}; choose another --out")
@@ -445,7 +446,7 @@ def validate_checkpoint(checkpoint, resume):
     expect(checkpoint["data"], DATA)
     names = ["model", "ema"]
     if resume:
-        expect(checkpoint, {"heads": dict, "opt": dict, "step": range(2**63)})
+        expect(checkpoint, {"heads": dict, "opt": dict, "step": range(2**63), "script": str})
         names.append("heads")
     with torch.device("meta"):
         model = dit.build(checkpoint["config"])

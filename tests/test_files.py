@@ -395,11 +395,12 @@ def damage(path):
 def test_an_edited_script_is_named(cache, tmp_path, tiny_nano, capsys, monkeypatch):
     """An edited loss would otherwise continue the old weights in silence."""
     train(cache, tmp_path / "run")
-    monkeypatch.setattr(train_repa, "__file__", str(Path(__file__)))
-    monkeypatch.setattr(files.Path, "name", property(lambda self: str(self).rpartition("/")[2]))
+    edited = tmp_path / "train_repa.py"
+    edited.write_text((ROOT / "train_repa.py").read_text() + "# edited\n")
+    monkeypatch.setattr(train_repa, "__file__", str(edited))
     capsys.readouterr()
     train(cache, tmp_path / "run", "--steps", 7)
-    assert "the code of test_files.py changed since step 6" in capsys.readouterr().out
+    assert "the code of train_repa.py changed since step 6" in capsys.readouterr().out
     train(cache, tmp_path / "run", "--steps", 8)
     assert "changed" not in capsys.readouterr().out
 

@@ -36,7 +36,8 @@ def split(path):
 
 
 def test_every_script_is_known_to_the_tests():
-    assert {path.stem for path in PATHS} == {f"train_{name}" for name in METHODS}
+    found = {path.stem for path in PATHS}
+    assert found == {f"train_{name}" for name in METHODS}, "add your method to METHODS in conftest.py"
 
 
 @pytest.mark.parametrize("path", PATHS[1:], ids=lambda path: path.name)

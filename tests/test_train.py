@@ -848,6 +848,13 @@ def check_failure(cache, tmp_path, first, message):
     assert message in reports[0], ended.stderr[-3000:]
 
 
+def test_a_run_of_another_script_is_refused(cache, tmp_path):
+    """Their flags may be the same: then, only the name tells one method from another."""
+    train(cache, tmp_path / "run", "--repa-weight", 0, script=SCRIPTS["dit"])
+    message = refusal(cache, tmp_path / "run", "--repa-weight", 0, "--steps", 9, script=train_repa)
+    assert "train_dit.py" in message and "--out" in message
+
+
 def test_two_runs_in_one_folder(cache, tmp_path, processes):
     """The second is refused; a first that was killed does not stand in the way."""
     options = [tmp_path / "run", *ENDLESS, "--steps", 10**6]
