@@ -42,6 +42,7 @@ def checkpoint(cache, tmp_path_factory):
         "heads": {},
         "opt": {},
         "step": 7,
+        "script": "train_repa.py",
         "args": {"ema": 0.99},
         "config": config,
         "data": CachedFeatures(cache).meta,
@@ -786,7 +787,8 @@ def test_damaged_checkpoint(checkpoint, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "key, value", [("opt", None), ("heads", None), ("step", None), ("step", -1), ("step", "7")]
+    "key, value",
+    [("opt", None), ("heads", None), ("step", None), ("step", -1), ("step", "7"), ("script", None)],
 )
 def test_resuming_needs_more_than_sampling(checkpoint, tmp_path, key, value):
     def change(content):
