@@ -839,7 +839,7 @@ def kill(processes):
         process.kill()
 
 
-# ---- memory and compilation
+# ---- what a run needs: flags that fit, memory, compiled blocks
 
 
 def check_flags(args, world, num_images):

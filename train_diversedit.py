@@ -223,6 +223,18 @@ def mean_over_ranks(loss):
     return loss + (mean - loss.detach())  # the bracket has no gradient
 
 
+def gated_diversity_loss(tokens, terms=TERMS, band=(0.1, 0.5)):
+    """Returns w(L_div) L_div of the tokens [m, N, T, D], and a dict of what is logged of it."""
+    loss_div, values = diversity_loss(tokens, terms)
+    loss_div = mean_over_ranks(loss_div)
+    w = gate(loss_div, *band)
+    log = {f"loss_{term}": value for term, value in values.items()}
+    log["loss_div"] = loss_div
+    log["div_weight"] = w
+    log["div_closed"] = (w == 0).float()  # its mean is the share of steps with w = 0
+    return w * loss_div, log
+
+
 def choose_blocks(seed, step, depth, m):
     """Returns m of the block numbers 1 .. depth, the same in every process."""
     rng = files.random_stream("blocks", seed, step)
@@ -274,15 +286,9 @@ class Objective(nn.Module):
         losses = {"loss_fm": loss_fm}
         if self.terms:
             f = torch.stack([tokens[b - 1] for b in chosen])         # [m, N, T, D]
-            loss_div, values = diversity_loss(f, self.terms)
-            loss_div = mean_over_ranks(loss_div)
-            w = gate(loss_div, *self.gate_range)
-            loss = loss + w * loss_div
-            for term, value in values.items():
-                losses[f"loss_{term}"] = value
-            losses["loss_div"] = loss_div
-            losses["div_weight"] = w
-            losses["div_closed"] = (w == 0).float()  # logged as the share of steps with w = 0
+            gated, log = gated_diversity_loss(f, self.terms, self.gate_range)
+            loss = loss + gated
+            losses |= log
         if self.alignment is not None:
             aligned = [tokens[b - 1] for b in self.aligned_blocks]
             losses["loss_repa"] = self.alignment(aligned, targets)

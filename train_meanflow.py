@@ -68,7 +68,7 @@ import warnings
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from train_diversedit import choose_blocks, diversity_loss, gate, mean_over_ranks, report_cka
+from train_diversedit import choose_blocks, gated_diversity_loss, report_cka
 # <<< meanflow
 
 NAME = Path(__file__).stem.removeprefix("train_")
@@ -258,7 +258,8 @@ class Objective(nn.Module):
         x_t = (1 - t_image) * x + t_image * eps                      # [N, C, H, W]
         v_tilde = self.guide(eps - x, x_t, t, y, drop, control)      # [N, C, H, W]
 
-        # u_tgt is v~ where r = t; only the other rows need du/dt
+        # u_tgt is v~ where r = t; only the other rows need du/dt. To count them, the CPU waits once
+        # for the GPU
         target = v_tilde.clone()
         rows = r_below_t.nonzero().flatten()                         # [M]
         target[rows] = self.target_of_rows(rows, v_tilde, x_t, r, t, y, control)
@@ -275,13 +276,9 @@ class Objective(nn.Module):
         if self.share_below > 0:
             losses["loss_mean"] = (mse * r_below_t).mean() / self.share_below
         if chosen:
-            loss_div, _ = diversity_loss(torch.stack(tokens))        # of [m, N, T, D]
-            loss_div = mean_over_ranks(loss_div)
-            w = gate(loss_div)
-            loss = loss + w * loss_div
-            losses["loss_div"] = loss_div
-            losses["div_weight"] = w
-            losses["div_closed"] = (w == 0).float()  # logged as the share of steps with w = 0
+            gated, log = gated_diversity_loss(torch.stack(tokens))   # of [m, N, T, D]
+            loss = loss + gated
+            losses |= log
         return {"loss": loss, **losses}
 
     @torch.no_grad()

@@ -667,6 +667,6 @@ def test_settings_of_the_paper():
 
 def test_diversedit_is_taken_over():
     """No second copy of the loss, the gate and the blocks drawn."""
-    for name in ("diversity_loss", "gate", "mean_over_ranks", "choose_blocks"):
+    for name in ("gated_diversity_loss", "choose_blocks"):
         assert getattr(train_meanflow, name) is getattr(train_diversedit, name)
     assert importlib.import_module("train_meanflow").F is F

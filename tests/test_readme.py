@@ -7,8 +7,7 @@ import re
 import shlex
 
 import pytest
-import torch
-from conftest import METHODS, ROOT, objective_for, randomize, run, train
+from conftest import METHODS, ROOT, run
 
 README = (ROOT / "README.md").read_text()
 PAGES = sorted((ROOT / "tests" / "results").glob("*.md"))
@@ -86,39 +85,3 @@ def test_the_fork_trains(cache, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2] and rows[0]["loss_disp"] < 0
     assert rows[0]["loss"] == pytest.approx(rows[0]["loss_fm"] + 0.5 * rows[0]["loss_disp"], rel=1e-5)
-
-
-def test_irepa_is_a_fork(cache, tmp_path, monkeypatch):
-    """The diff of fork-irepa.md makes train_irepa.py: a convolution, targets normalised over the patches."""
-    text = re.sub(r"(>>>|<<<) repa", r"\1 irepa", (ROOT / "train_repa.py").read_text())
-    page = (ROOT / "tests" / "results" / "fork-irepa.md").read_text()
-    diff = re.search(r"```diff\n(.*?)```", page, re.S)[1]
-    for hunk in re.split(r"^@@.*@@.*\n", diff, flags=re.M)[1:]:
-        lines = hunk.splitlines(keepends=True)
-        before = "".join(line[1:] for line in lines if line[0] != "+")
-        assert text.count(before) == 1
-        text = text.replace(before, "".join(line[1:] for line in lines if line[0] != "-"))
-    (tmp_path / "train_irepa.py").write_text(text)
-    monkeypatch.syspath_prepend(tmp_path)
-    irepa = importlib.import_module("train_irepa")
-
-    objective = randomize(objective_for(irepa, cache, "--repa-depth", 2))
-    (h,) = objective.alignment.projectors
-    tokens, targets = torch.randn(2, 16, 128), torch.randn(2, 16, 82)
-    weight, bias = h.weight.detach(), h.bias.detach()
-    total = 0
-    for n in range(2):
-        shared, spread = targets[n].mean(0), targets[n].std(0)
-        for row in range(4):
-            for column in range(4):
-                projected = bias.clone()
-                for i in (-1, 0, 1):
-                    for j in (-1, 0, 1):
-                        if 0 <= row + i < 4 and 0 <= column + j < 4:
-                            neighbour = tokens[n, 4 * (row + i) + column + j]
-                            projected += weight[:, :, i + 1, j + 1] @ neighbour
-                z = (targets[n, 4 * row + column] - 0.6 * shared) / spread
-                total -= torch.cosine_similarity(projected, z, dim=0).item()
-    found = objective.alignment([tokens], targets)
-    assert found.item() == pytest.approx(total / 32, abs=1e-5)
-    train(cache, tmp_path / "run", "--steps", 1, script=irepa)

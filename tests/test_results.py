@@ -1,5 +1,6 @@
 """The committed figures of the digits: complete, the same in table, README and logs, and judged soundly."""
 
+import importlib
 import importlib.util
 import json
 import re
@@ -8,7 +9,8 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, objective_for, randomize, train
 from scipy.stats import ttest_rel
 
 import extract_features
@@ -147,10 +149,32 @@ def test_runs_are_packed_and_unpacked(tmp_path, monkeypatch, capsys):
     assert samples.tolist() == list(range(10))
 
 
-def test_the_fork_of_irepa_runs(tmp_path):
+def test_irepa_is_a_fork(cache, tmp_path, monkeypatch):
+    """The diff of fork-irepa.md makes train_irepa.py: a convolution, targets normalised over the patches."""
     digits.write_irepa(tmp_path)
-    text = (tmp_path / "train_irepa.py").read_text()
-    assert "nn.Conv2d" in text and "# >>> irepa" in text and "# >>> repa" not in text
+    monkeypatch.syspath_prepend(tmp_path)
+    irepa = importlib.import_module("train_irepa")
+
+    objective = randomize(objective_for(irepa, cache, "--repa-depth", 2))
+    (h,) = objective.alignment.projectors
+    tokens, targets = torch.randn(2, 16, 128), torch.randn(2, 16, 82)
+    weight, bias = h.weight.detach(), h.bias.detach()
+    total = 0
+    for n in range(2):
+        shared, spread = targets[n].mean(0), targets[n].std(0)
+        for row in range(4):
+            for column in range(4):
+                projected = bias.clone()
+                for i in (-1, 0, 1):
+                    for j in (-1, 0, 1):
+                        if 0 <= row + i < 4 and 0 <= column + j < 4:
+                            neighbour = tokens[n, 4 * (row + i) + column + j]
+                            projected += weight[:, :, i + 1, j + 1] @ neighbour
+                z = (targets[n, 4 * row + column] - 0.6 * shared) / spread
+                total -= torch.cosine_similarity(projected, z, dim=0).item()
+    found = objective.alignment([tokens], targets)
+    assert found.item() == pytest.approx(total / 32, abs=1e-5)
+    train(cache, tmp_path / "run", "--steps", 1, script=irepa)
 
 
 def test_a_report_needs_pairs(tmp_path, monkeypatch):

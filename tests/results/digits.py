@@ -124,6 +124,7 @@ def write_irepa(folder):
     for hunk in re.split(r"^@@.*@@.*\n", diff, flags=re.M)[1:]:
         lines = hunk.splitlines(keepends=True)
         before = "".join(line[1:] for line in lines if line[0] != "+")
+        assert text.count(before) == 1
         text = text.replace(before, "".join(line[1:] for line in lines if line[0] != "-"))
     (folder / "train_irepa.py").write_text(text)
 
