@@ -112,8 +112,17 @@ def evaluate(folder, mean_velocity=False):
         row = next(row for row in log if row["step"] == step)
         loss = next(row[name] for name in ("loss_fm", "loss_edm", "loss_noise") if name in row)
         seconds = 64 / max(row["img_per_s"] for row in log)  # the fastest 50 steps
-        row = dict(step=step, accuracy=right.mean(), fd=metrics["fid"], precision=metrics["precision"])
-        rows.append(row | dict(recall=metrics["recall"], loss=loss, seconds_per_step=seconds))
+        judged = {
+            "step": step,
+            "accuracy": right.mean(),
+            "fd": metrics["fid"],
+            "mind": metrics["mind"],
+            "precision": metrics["precision"],
+            "recall": metrics["recall"],
+            "loss": loss,
+            "seconds_per_step": seconds,
+        }
+        rows.append(judged)
     return rows, report["floor"], dict(zip(more, found, strict=True))
 
 
@@ -194,13 +203,13 @@ def table(results):
                 changes.append([f"{name} - {ROWS[baseline][0]}", *cells])
         text += ["", *markdown([title, *steps], lines)]
         text += ["", *markdown([f"change of {title}", *steps], changes)]
-    lines = []
+    lines, keys = [], ("mind", "precision", "recall", "loss")
     for row in rows:
-        values = [figures(results, row, STEPS[-1], key) for key in ("precision", "recall", "loss")]
+        values = [figures(results, row, STEPS[-1], key) for key in keys]
         seconds = figures(results, row, STEPS[-1], "seconds_per_step").min()
         cells = [f"{x.mean():.3f} ± {x.std(ddof=1):.3f}" for x in values]
         lines.append([ROWS[row][0], *cells, f"{seconds:.2f}", f"`{ROWS[row][2]}`"])
-    head = [f"step {STEPS[-1]}", "precision", "recall", "denoising loss", "s per step", "command"]
+    head = [f"step {STEPS[-1]}", "MIND", "precision", "recall", "denoising loss", "s per step", "command"]
     return "\n".join([*text, "", *markdown(head, lines), *evaluations(results)])
 
 
