@@ -256,13 +256,21 @@ def bench_sample(args, gemm):
     torch._dynamo.reset()
     config = dit.parse_model(args.model) | dict(input_size=args.image_size // 8, in_channels=4)
     n, jobs = args.steps, []
-    kinds = [("DiT", "ode", 1.0, n), ("DiT", "sde", 1.8, 2 * n), ("SDDiT", "edm", 1.0, 2 * n - 1)]
-    for batch, (arch, sampler, cfg, passes), mode in product(args.batch, kinds, args.compile):
-        model = on_device(dit.build)(config | dict(arch=arch)).eval()
+    kinds = [
+        # network, sampler, guidance, passes
+        (dict(arch="DiT"), "ode", 1.0, n),
+        (dict(arch="DiT"), "sde", 1.8, 2 * n),
+        (dict(arch="DiT", interval=True), "mean", 1.0, n),
+        (dict(arch="NoiseDiT"), "ddpm", 1.0, n),
+        (dict(arch="SDDiT"), "edm", 1.0, 2 * n - 1),
+    ]
+    for batch, (network, sampler, cfg, passes), mode in product(args.batch, kinds, args.compile):
+        model = on_device(dit.build)(config | network).eval()
         if mode == "on":
             files.compile_blocks(model)
         call = partial(sample.generate, model, range(batch), torch.arange(batch), sampler, n, scale=cfg)
-        row = dict(arch=arch, sampler=sampler, cfg=cfg, batch=batch, compile=mode, passes=passes)
+        row = dict(arch=network["arch"], sampler=sampler, cfg=cfg)
+        row |= dict(batch=batch, compile=mode, passes=passes)
         jobs.append((row, call))
     with torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.precision == "bf16"):
         rows = take_turns(jobs, args.repeats)
