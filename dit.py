@@ -12,14 +12,13 @@ its transfer to a higher resolution. `build(config)` makes a model from the `con
 checkpoint. Nothing here reads a file, knows about processes or holds a loss.
 
 Parameters have the official names and shapes: REPA's in a plain DiT, DiT's in a NoiseDiT, whose
-output has twice the channels. (SiT's has them, too, but does not use them.) Control, `interval`,
-long residuals and class tokens add or widen tensors. An SDDiT has a CLS token, a label table, a
-decoder and a last layer of its own.
+output has twice the channels. (SiT's has them, too, but does not use them.) Control, mean
+velocities, long residuals and class tokens add or widen tensors. An SDDiT has a CLS token, a label
+table, a decoder and a last layer of its own.
 
 Where a file deviates from a paper or from the authors' code, it says so in one form:
     paper: what the paper says / official code: what the authors' code does / here: what this file
     does, because ...
-Sources that agree share an entry (official code, here: ...). An empty part is left out.
 
 Shapes stand in the right margin. N: batch. C, H, W: channels, height and width of the latent.
 P: side of a patch. G = H/P: side of the grid. T = G G: number of patches. K: number of class
@@ -69,14 +68,15 @@ def sincos_positions(side, width, base=None):
     return np.concatenate([column, row], axis=1)
 
 
-def shift_time(t, s):
-    """Returns the time t' at which an image s times as wide looks as noisy as this one at time t.
+def shift_time(t, ratio):
+    """Returns the time t' at which an image `ratio` times as wide looks as noisy as one at time t.
 
-    Seen at the same size, s^2 of its pixels are averaged into one, which divides the variance of
-    the noise by s^2. So it needs more noise: SNR(t') = SNR(t) / s^2. This law is from arXiv
-    2411.03177 (figure A1), its closed form from SD3 (2403.03206). The inverse shifts by 1 / s.
+    Seen at the same size, ratio^2 of its pixels are averaged into one, which divides the variance
+    of the noise by ratio^2. So it needs more noise: SNR(t') = SNR(t) / ratio^2. This law is from
+    arXiv 2411.03177 (figure A1), its closed form from SD3 (2403.03206). The inverse shifts by 1 /
+    ratio.
     """
-    return s * t / (1 + (s - 1) * t)
+    return ratio * t / (1 + (ratio - 1) * t)
 
 
 def normal_from_uniform(uniform, mean, std):
@@ -319,7 +319,7 @@ class DiT(nn.Module):
         class_tokens=0,  # 0 adds the class to c; K > 0 feeds it as K tokens before the patches
         pos_base=None,  # see sincos_positions
         time_shift=1.0,  # see shift_time
-        interval=False,  # True embeds t - r as well: see forward
+        mean_velocity=False,  # True embeds t - r as well: see forward
     ):
         """Raises ValueError if sizes do not divide, or if control or control_alpha is invalid."""
         super().__init__()
@@ -348,7 +348,7 @@ class DiT(nn.Module):
         self.control_embedder = None
         if control != "none":
             self.control_embedder = ControlEmbedder(hidden_size, control, control_alpha)
-        self.h_embedder = TimestepEmbedder(hidden_size) if interval else None  # of t - r
+        self.h_embedder = TimestepEmbedder(hidden_size) if mean_velocity else None  # of t - r
         self.initialize_weights()
 
     def initialize_weights(self):
@@ -391,8 +391,8 @@ class DiT(nn.Module):
     def condition(self, t, unshifted_t, y, drop, control, r=None):
         """Returns the condition c [N, D], and the class tokens [N, K, D] that precede the patches.
 
-        By default K = 0, and the class is part of c. With the option `interval`, so is t - r. The
-        weight of the control depends on unshifted_t [N] (see shift_time): on how noisy an image
+        By default K = 0, and the class is part of c. With the option `mean_velocity`, so is t - r.
+        The weight of the control depends on unshifted_t [N] (see shift_time): on how noisy an image
         looks, whatever its resolution.
         """
         c = self.t_embedder(t)                                        # [N, D]
@@ -400,7 +400,7 @@ class DiT(nn.Module):
             h = torch.zeros_like(t) if r is None else t - r
             c = c + self.h_embedder(h)
         elif r is not None:
-            raise ValueError("r needs a model with the option `interval`")
+            raise ValueError("r needs a model with the option mean_velocity")
         if self.control_embedder is not None and control is not None:
             c = c + self.control_embedder(control, unshifted_t)
         label = self.y_embedder(y, drop)                              # [N, D] or [N, K D]
@@ -423,6 +423,7 @@ class DiT(nn.Module):
 
         For gradient checkpointing, return this instead:
             torch.utils.checkpoint.checkpoint(block, x, c, use_reentrant=False)
+        and let training_memory count less, because it refuses what does not fit without.
         """
         return block(x, c)
 
@@ -448,12 +449,11 @@ class DiT(nn.Module):
         one, it returns the velocity and a list of the tokens [N, T, D] after these blocks, in this
         order. Raises KeyError if there is no such block.
 
-        A model with the option `interval` is MeanFlow's (arXiv 2505.13447). It returns the mean
-        velocity u(x_t, r, t) from time r [N] to t. By default r = t, where u is the velocity.
-        Raises ValueError for an r without `interval`.
+        A model with the option `mean_velocity` is MeanFlow's (arXiv 2505.13447). It returns the
+        mean velocity u(x_t, r, t) from time r [N] to t. By default r = t, where u is the velocity.
+        Raises ValueError for an r without this option.
         """
-        unshifted_t = self.control_time(t)
-        c, class_sequence = self.condition(t, unshifted_t, y, drop, control, r)
+        c, class_sequence = self.condition(t, self.control_time(t), y, drop, control, r)
         patches = self.x_embedder(x_t) + self.pos_embed               # [N, T, D]
         tokens = torch.cat([class_sequence, patches], dim=1)          # [N, K + T, D]
 
@@ -603,7 +603,7 @@ class SDDiT(DiT):
         With None, all are visible.
         """
         _, _, c_in, c_noise = edm_coefficients(sigma)
-        # unshifted, the noise level is s = sigma / time_shift; flow matching has it at s / (1 + s)
+        # the t of flow matching at the unshifted noise level, sigma / time_shift
         unshifted_t = sigma / (self.time_shift + sigma)
         c, class_sequence = self.condition(c_noise, unshifted_t, y, drop, control)
 
@@ -721,7 +721,7 @@ class NoiseDiT(DiT):
     def steps_at(self, k):
         """Returns the DDPMStep of timesteps k [N], int64. Its fields are fp32 [N, 1, 1, 1]."""
         fields = self.schedule[k].float().T                           # [fields, N]
-        return DDPMStep(*fields[..., None, None, None])
+        return DDPMStep(*fields.reshape(-1, len(k), 1, 1, 1))
 
     def timestep(self, t):
         """Returns the timesteps [N] of times t [N], which are interpolated in log-SNR."""
@@ -884,8 +884,8 @@ def training_memory(config, images, precision, compiled=False, visible=1.0, grad
     autocast's copy in bf16, and 4 for its gradient. Gradients come while the backward pass frees
     what the blocks keep, so only the larger of the two counts. With gradients_stay both count,
     because gradients are there before the pass: those of earlier micro-batches, or DDP's buckets.
-    The constants are fitted to the peaks of PyTorch's allocator for XL/2 at 256 px with flash
-    attention.
+    The constants are fitted to the peaks of PyTorch's allocator on a simulated GPU, for XL/2 at 256
+    px with flash attention.
     """
     with torch.device("meta"):
         model = build(config)

@@ -51,7 +51,6 @@ import io
 import json
 import math
 import os
-import statistics
 import sys
 import zipfile
 from collections import OrderedDict
@@ -462,7 +461,7 @@ class Encoders:
         names = [] if names == "none" else names.split(",")
         num_vits = len(names) - names.count("hog")
         paths = weight_files.split(",") if weight_files else [None] * num_vits
-        if names and len(paths) != num_vits:
+        if len(paths) != num_vits:
             raise UserError(
                 f"--encoder-weights: {len(paths)} files for {num_vits} encoders with weights;"
                 " name one for each"
@@ -1104,7 +1103,7 @@ SPLITS = "train training val valid validation test"  # these alone are no class 
 
 
 class Images:
-    """The images of a source; what may be one is told at the top of this file.
+    """The images of a source, one of those at the top of this file.
 
     images[i] is a PIL image as it is stored, and labels[i] its class. `classes` are the names of
     the classes. `names` are the files of all images. With `limit`, only so many of them are
@@ -1115,7 +1114,7 @@ class Images:
         self.path = Path(path)
         self.is_folder = self.path.is_dir()
         self.pixels = None
-        self.archive = None
+        self.archive = None  # `read` opens a .zip when it first needs it
         if not (self.is_folder or self.path.is_file()):
             raise UserError(f"--data {path}: no such file or folder")
         if self.path.suffix.lower() == ".npz" and not self.is_folder:
@@ -1128,7 +1127,7 @@ class Images:
             raise UserError(f"--limit {limit}: the source has {len(labels)} images")
         self.chosen = spread(limit, len(labels))
         self.labels = labels[self.chosen]
-        self.archive = None  # each process opens its own, because a file has one position
+        self.archive = None  # so each process opens it again, because a file has one position
 
     def list_files(self):
         """Sets `names`, and returns the labels of all images and the classes."""
@@ -1257,8 +1256,7 @@ def class_folders(source, names, listed):
     """
     deep = [name for name in names if name.count("/") > 1]
     if deep:
-        meant = statistics.mode(os.path.dirname(os.path.dirname(name)) for name in deep)
-        hint = pass_folder(source, meant)
+        hint = pass_folder(source, os.path.dirname(os.path.dirname(deep[0])))
         raise UserError(f"--data {source}: {deep[0]} lies deeper than class/file; {hint}")
     labels = []
     classes = {}  # name -> label, in order, because the images are sorted

@@ -480,8 +480,8 @@ def report_fdr6(sources, measured, networks, args, world):
         distances = {}
         ratios = {}
         for space, sets in measured.items():
-            moments = (*sets[0].statistics["fid"], *sets[i].statistics["fid"])
-            distances[space] = frechet_distance(*moments)
+            reference = sets[0].statistics["fid"]
+            distances[space] = frechet_distance(*reference, *sets[i].statistics["fid"])
             ratios[space] = distances[space] / SPACES[space][2]
         mean = sum(ratios.values()) / len(ratios)
         rows.append({"fdr6": mean, "fd": distances, "ratio": ratios})
@@ -987,20 +987,16 @@ TORCHRUN = "start several processes with torchrun, or unset RANK, LOCAL_RANK and
 
 def torchrun_ranks():
     """Returns rank, rank on this machine and number of processes, as torchrun sets them."""
-    rank = process_number("RANK", "0")
-    local_rank = process_number("LOCAL_RANK", "0")
-    world = process_number("WORLD_SIZE", "1")
-    if rank >= world or ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
-        found = f"RANK={os.environ.get('RANK')} and WORLD_SIZE={os.environ.get('WORLD_SIZE')}"
-        raise UserError(f"{found} do not fit: {TORCHRUN}")
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    words = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
+    with explaining(words, TORCHRUN, ValueError):
+        rank = int(os.environ.get("RANK", 0))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        one_is_missing = ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ)
+        if one_is_missing or local_rank < 0 or not 0 <= rank < world:
+            raise ValueError("RANK must be below WORLD_SIZE, and both must be set")
     return rank, local_rank, world
-
-
-def process_number(name, default):
-    text = os.environ.get(name, default)
-    if not text.isdecimal():
-        raise UserError(f"{name}={text!r} is not a number: {TORCHRUN}")
-    return int(text)
 
 
 def evaluate(args):
@@ -1039,7 +1035,8 @@ def evaluate(args):
     elif args.fdr6:
         report_fdr6(sources, measured, networks, args, world)
     else:
-        report(sources, measured[space], model, weights, args, world)
+        model, weights = models[args.features]
+        report(sources, measured[args.features], model, weights, args, world)
 
 
 def main(argv=None):
@@ -1065,19 +1062,14 @@ def interrupt(*_):
     raise SystemExit("fid.py: interrupted")
 
 
-def main_and_flush():
-    """Runs main and flushes what it printed, even if it ends early, as --help does."""
-    try:
-        main()
-    finally:
-        sys.stdout.flush()
-
-
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, interrupt)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None if it is closed
     sys.stdout.reconfigure(errors="backslashreplace")  # a file name may hold what it cannot encode
     try:
-        main_and_flush()
+        try:
+            main()
+        finally:  # also after --help
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader has gone, as in `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,8 +8,9 @@ is a folder, and the same command resumes it exactly:
     run.json          one entry per start: command, versions, device, commit
     samples-STEP.png  the previews
 Work that has many parts (a cache of features, a set of sampled images) is a folder with a JSON
-description and one .safetensors file per part. Every file is written beside its place and then
-renamed, so it is never there in part. Run a command that was killed again, and it continues.
+description and one .safetensors file per part. Every file but log.jsonl is written beside its place
+and then renamed, so it is never there in part. Run a command that was killed again, and it
+continues.
 
 Raise `UserError` for what the user can repair: `program` turns it into one line. Every other
 exception is a bug and keeps its traceback.
@@ -105,9 +106,9 @@ def restore(checkpoint, objective, ema, optimizer):
         objective.load_state_dict(weights | checkpoint["heads"])
         ema.load_state_dict(checkpoint["ema"])
         optimizer.load_state_dict(checkpoint["opt"])
-    for moments in optimizer.state.values():
-        for name, value in moments.items():
-            moments[name] = value.clone()  # on a CPU it is still a part of the mapped file
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            state[name] = value.clone()  # on a CPU it is still a part of the mapped file
 
 
 # A resumed run may change these flags: paths and intervals, the length of the run, and how its work
@@ -140,9 +141,10 @@ def read_run(args, data, script):
 
     checkpoint = read_checkpoint(folder, resume=True)
     step = checkpoint["step"]
-    there = {"script": checkpoint["script"]} | checkpoint["args"] | {"cache": checkpoint["data"]}
-    here = {"script": Path(script).name} | vars(args) | {"cache": data}
+    there = {"script": checkpoint["script"], **checkpoint["args"]}
+    here = {"script": Path(script).name, **vars(args)}
     difference = first_difference(there, here, FREE_FLAGS | RESCUE_FLAGS)
+    difference = difference or first_difference(checkpoint["data"], data)
     if difference:
         raise UserError(f"{folder} holds another run: {difference}; choose another --out")
     for flag in sorted(RESCUE_FLAGS):
@@ -411,9 +413,15 @@ def load_model(path, weights="ema", device="cpu", official=None):
     return model.to(device).eval(), checkpoint
 
 
-def read_init(path, config):
-    """Returns the checkpoint of --init, and the entries of `config` that its model hands on."""
+def read_init(path, config, classes):
+    """Returns the checkpoint of --init, and the entries of `config` that its model hands on.
+
+    classes: the names of those to train on. An official file knows no names: its labels are
+    ImageNet's in the order of the class folders, so it gets these names if there are as many.
+    """
     init = read_checkpoint(path)
+    if "official" in init and len(classes) == len(init["data"]["classes"]):
+        init["data"]["classes"] = classes
     with explaining(f"--init {path}: does not fit this model", "choose another one"):
         kinds = {init["config"]["arch"], config["arch"]}
         if "NoiseDiT" in kinds and len(kinds) > 1:
@@ -498,6 +506,7 @@ def from_official(content, official=None):
         raise ValueError(f"its keys and shapes are those of {origin}")
 
     return {
+        "official": origin,
         "model": weights,
         "ema": weights,
         "step": content.get("steps"),
@@ -536,7 +545,10 @@ def convert_last_layer(weights, patch, channels, without_variances):
     else:
         origin = "dit" if any(value[:, 1].any() for value in last.values()) else "sit"
     if origin is None:
-        raise ValueError("its keys fit REPA and SiT: sample.py needs --official repa or sit")
+        raise ValueError(
+            "it may be REPA's or SiT's: sample.py needs --official repa or sit, --init a file of"
+            " REPA with projectors"
+        )
     if origin == "sit":
         for name in names:
             weights[name] = last[name][:, 0].flatten(0, 1)
@@ -685,14 +697,15 @@ def launch(hours=24):
     Raises UserError if torchrun's variables make no sense, if there is no GPU for this process, or
     if the other processes do not appear in time.
     """
-    variables = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, **os.environ}
-    words = "RANK={RANK}, WORLD_SIZE={WORLD_SIZE}, LOCAL_RANK={LOCAL_RANK}".format_map(variables)
-    numbers = re.fullmatch(r"RANK=(\d+), WORLD_SIZE=(\d+), LOCAL_RANK=(\d+)", words)
-    if not numbers or ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
-        raise UserError(f"{words}: start several processes with torchrun, or unset these variables")
-    rank, world, local_rank = map(int, numbers.groups())
-    if rank >= world:
-        raise UserError(f"{words}: RANK must be below WORLD_SIZE; start them with torchrun")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    words = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
+    with explaining(words, "start several processes with torchrun, or unset these variables"):
+        rank = int(os.environ.get("RANK", 0))
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        one_is_missing = ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ)
+        if one_is_missing or local_rank < 0 or not 0 <= rank < world:
+            raise ValueError("RANK must be below WORLD_SIZE, and both must be set")
 
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -856,7 +869,7 @@ def check_flags(args, world, num_images):
 
 
 def check_memory(config, images, args):
-    """Raises UserError, with sizes that fit, if this device cannot train on `images` at once."""
+    """Raises UserError if this device has too little memory to train on `images` at once."""
     visible = 1 - vars(args).get("mask_ratio", 0)  # what SD-DiT's student sees
     gradients_stay = images < args.batch_size  # those of other micro-batches or processes
     options = (args.precision, args.compile, visible, gradients_stay)
@@ -865,20 +878,11 @@ def check_memory(config, images, args):
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     needed = dit.training_memory(config, images, *options)
-    if needed <= memory:
-        return
-
-    fitting = []
-    for size in dit.SIZES:
-        name = f"{size}/{config['patch_size']}"
-        smaller = config | dit.parse_model(name)
-        if dit.training_memory(smaller, images, *options) <= memory:
-            fitting.append(name)
-    raise UserError(
-        f"{images} images at once need {needed / 1e9:.0f} GB, there are {memory / 1e9:.0f} GB:"
-        f" take a smaller --micro-batch, or a --model that fits"
-        f" ({', '.join(fitting) or 'none does'})"
-    )
+    if needed > memory:
+        raise UserError(
+            f"{images} images at once need {needed / 1e9:.0f} GB, there are {memory / 1e9:.0f} GB:"
+            " take a smaller --micro-batch or --model"
+        )
 
 
 def compile_blocks(module):
@@ -947,11 +951,11 @@ def is_given(path, args):
     """Returns whether a path is among the arguments, or below one of them, or above it."""
     if not isinstance(path, str):
         return False
-    path = os.path.abspath(path)
+    path = Path(path).absolute()
     for value in vars(args).values():
         if isinstance(value, (str, Path)):
-            given = os.path.abspath(value)
-            if path.startswith(given) or given.startswith(path):
+            given = Path(value).absolute()
+            if path.is_relative_to(given) or given.is_relative_to(path):
                 return True
     return False
 

@@ -130,7 +130,8 @@ def ddpm_times(steps=250):
 def ddpm(model, x, times, noise):
     """Runs DiT's ancestral sampler along `times` (see ddpm_times), from N(0, 1) noise x.
 
-    model(x, t) -> eps and the variance's channels, [N, 2 C, H, W]; noise() -> N(0, 1) like x
+    model(x, t) -> eps and the variance's channels, [N, 2 C, H, W]; it takes t and not the timestep,
+    so that guidance in an interval means the same for all samplers. noise() -> N(0, 1) like x
     [N, C, H, W]. Neither x nor the variance is clamped, as in DiT. Returns float64.
     """
     x_k = x.double()
@@ -179,7 +180,7 @@ def guided(
     guide=None,
     control=None,
     control_scale=None,
-    method="__call__",
+    predict_noise=False,
 ):
     """Returns the function (x, t) -> v of a model for classes y [N], guided if t is in `interval`.
 
@@ -189,8 +190,8 @@ def guided(
         control guidance (2411.03177)  v = model(y, 0) + control_scale (model(y, c) - model(y, 0))
                                        v_weak = model(null, 0), and a control of zeros means none
     Without a control_scale, a scale of 1 or less means no guidance. EDM's denoiser is affine in F,
-    so guiding F guides it. For DDPM, method is "predict_at", v is the noise, and the channels for
-    the variance are those of model(y, c).
+    so guiding F guides it. With predict_noise (for ddpm), v is the noise, and the channels for the
+    variance are those of model(y, c).
     paper: the formula of 2411.03177 was not available / here: reconstructed from its two scales.
     official code: DiT and SiT guide three of four channels (DiT#41) / here: all, as in REPA.
     official code: Heun's second evaluation is guided if the step starts inside the interval / here:
@@ -199,7 +200,7 @@ def guided(
     null = torch.full_like(y, model.num_classes)
     low, high = interval or (0, math.inf)
     unguided = scale <= 1 and control_scale is None
-    predict = getattr(model, method)
+    predict = model.predict_at if predict_noise else model
 
     def velocity(x, t):
         x = x.float()
@@ -209,7 +210,8 @@ def guided(
             return predict(x, t_rows, y, control=control)
         if guide is not None:
             v_full = predict(x, t_rows, y, control=control)
-            v_weak = getattr(guide, method)(x, t_rows, y, control=control)
+            predict_weak = guide.predict_at if predict_noise else guide
+            v_weak = predict_weak(x, t_rows, y, control=control)
         elif control_scale is None:
             controls = [control, control]
             v_full, v_weak = predict_copies(predict, x, t_rows, [y, null], controls)
@@ -283,7 +285,7 @@ def generate(model, indices, y, sampler=None, steps=None, seed=0, control=None, 
     if sampler == "edm":
         return edm_heun(edm_denoiser(guided(model, **guidance)), noise(), times)
     if sampler == "ddpm":
-        return ddpm(guided(model, method="predict_at", **guidance), noise(), times, noise)
+        return ddpm(guided(model, predict_noise=True, **guidance), noise(), times, noise)
     if sampler == "mean":
         return mean_flow(mean_velocity(model, **guidance), noise(), times)
 
@@ -589,7 +591,7 @@ def prepare(args, device):
     anything does not fit.
     """
     check_outputs(args)
-    # hash and weights are read together: a training script may replace its last.pt at any time
+    # at once, before the slow checks: a training script may replace its last.pt at any time
     checkpoint_hash = files.file_hash(args.checkpoint)
     model, checkpoint = files.load_model(args.checkpoint, args.weights, device, args.official)
     guide = guide_hash = None
@@ -659,7 +661,8 @@ def check_grid(args, side):
     pixels = args.num * max(48, side) ** 2
     if args.grid and pixels > MAX_GRID:
         raise UserError(
-            f"--grid: {args.num} images are over {MAX_GRID} pixels; lower --num or drop --grid"
+            f"--grid: {args.num} images are over {MAX_GRID} pixels;"
+            " lower --num-images or drop --grid"
         )
 
 
@@ -694,17 +697,16 @@ def check_guidance(args, model, trained, control, sampler):
             f"--cfg {args.cfg:g}: this model was trained towards guided samples (--omega, --kappa),"
             " and would be guided twice; leave --cfg out"
         )
-    guidance = args.cfg > 1 or args.control_cfg is not None
-    if guidance and sampler == "mean":
-        flag = f"--cfg {args.cfg:g}" if args.cfg > 1 else f"--control-cfg {args.control_cfg:g}"
+    if args.cfg == 1 and args.control_cfg is None:
+        return
+    flag = f"--cfg {args.cfg:g}" if args.cfg > 1 else f"--control-cfg {args.control_cfg:g}"
+    if sampler == "mean":
         raise UserError(
             f"{flag}: sampler mean cannot be guided, because guidance mixes velocities and not"
             " their means; add --sampler ode"
         )
-    if guidance and not args.guide and not model.y_embedder.dropout_prob:
-        raise UserError(
-            f"--cfg {args.cfg:g}: the model has no null class (no label dropout in training)"
-        )
+    if not args.guide and not model.y_embedder.dropout_prob:
+        raise UserError(f"{flag}: the model has no null class (no label dropout in training)")
 
 
 def load_guide(args, model, config, device):
@@ -761,8 +763,8 @@ def parse_args(argv=None):
         help="a run folder, its last.pt or STEP.pt, or an official file of REPA, SiT or DiT")
 
     add = parser.add_argument_group("images").add_argument
-    add("--num", "--num-images", type=number(int, 1, 2**31), default=100,
-        help="number of images; with torchrun on Python before 3.12.7, write --num-images")
+    add("--num-images", dest="num", type=number(int, 1, 2**31), default=100,
+        help="number of images")
     add("--out", type=Path,
         help="write an ADM .npz: arr_0 uint8 [N, H, W, 3], arr_1 labels, protocol")
     add("--grid", type=Path,

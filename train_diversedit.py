@@ -6,8 +6,8 @@
     L_div = (L_orth + L_MI + L_disp) / 3                        of the tokens f_b of m random blocks
     L_orth = mean over pairs i < j of cos(<f_i>, <f_j>)         low: the block means point apart
     L_MI   = mean over pairs i < j of |<cos(f_i, f_j)>|         low: tokens at one place are unlike
-    L_disp = - clip(var(u / max u) / 0.25, 0, 1)                low: some channels are used far more
-    u_c    = mean over b of <|f_bc|> / ||f_bc||                 how much the blocks use channel c
+    L_disp = - clip(var(u / max u) / 0.25, 0, 1)                low: channels differ in their u_c
+    u_c    = mean over b of <|f_bc|> / ||f_bc||                 high: all tokens share channel c
     w(L)   = 0 if L <= 0.1; (L - 0.1) / 0.5 if L <= 0.5; else 1     --div-gate
 
     x    latent, drawn anew from the VAE's posterior            m       --div-blocks
@@ -36,7 +36,6 @@ Shapes in the right margin: N batch, C, H, W of the latents, T tokens, D width, 
 """
 
 from copy import deepcopy
-from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
@@ -108,8 +107,8 @@ def parse_args(argv=None):
     add("--label-drop", type=number(float, 0, below=1), default=0.1,
         help="probability of replacing the label of an image by the null class, for guidance")
     add("--time-normal", type=number(float, -20, 20), nargs=2, metavar=("MEAN", "STD"),
-        help="train with logit t ~ N(MEAN, STD^2) (default: t is uniform; MeanFlow: -0.4 1.0); for"
-             " SD-DiT, ln sigma ~ N(MEAN, STD^2) (default: -1.2 1.2)")
+        help="draw logit t, for SD-DiT ln sigma, from N(MEAN, STD^2) (default: t is uniform;"
+             " MeanFlow: -0.4 1.0; SD-DiT: -1.2 1.2)")
     add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32",
         help="precision of the network (on CUDA, fp32 products use TF32); weights and optimiser are"
              " always fp32")
@@ -177,7 +176,8 @@ def diversity_loss(tokens, terms=TERMS):
     Returns the mean of the `terms`, and a dict of all three: L_orth in [-1, 1], L_MI in [0, 1],
     L_disp in [-1, 0].
     paper: L_MI is a signed mean / official code, here: the absolute value of each pair's mean.
-    paper: L_disp has no |.| and no scale / official code, here: |.|, / max u, / 0.25 and the clip.
+    paper: L_disp has no |.| and no scale / official code, here: |.|, / max u, / 0.25 and the clip,
+    which never acts, because the variance of numbers in [0, 1] is at most 1/4.
     official code: ten fixed pairs, and L_disp of all blocks / paper, here: the m blocks drawn.
     """
     with torch.autocast(tokens.device.type, enabled=False):
@@ -191,8 +191,8 @@ def diversity_loss(tokens, terms=TERMS):
         cosines = (unit @ unit.mT).mean(0)                           # [m, m], mean over tokens
         loss_mi = cosines[i, j].abs().mean()
 
-        use = f.abs().mean(1) / f.norm(dim=1).clamp(min=1e-8)        # [m, D], by each block
-        u = use.mean(0)                                              # [D,], by all of them
+        shared = f.abs().mean(1) / f.norm(dim=1).clamp(min=1e-8)     # [m, D]
+        u = shared.mean(0)                                           # [D,]
         variance = (u / (u.max() + 1e-8)).var(correction=0)
         loss_disp = -(variance / 0.25).clamp(0, 1)
     values = {"orth": loss_orth, "mi": loss_mi, "disp": loss_disp}
@@ -248,12 +248,12 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         self.terms = args.div_terms
-        self.gate_range = args.div_gate
-        self.num_chosen = args.div_blocks or min(10, len(model.blocks))
-        low, high = self.gate_range
+        self.band = args.div_gate
         depth = len(model.blocks)
-        if self.num_chosen > depth:
-            raise UserError(f"--div-blocks {self.num_chosen}: the model has {depth} blocks")
+        self.num_blocks = args.div_blocks or min(10, depth)
+        low, high = self.band
+        if self.num_blocks > depth:
+            raise UserError(f"--div-blocks {self.num_blocks}: the model has {depth} blocks")
         if low >= high:
             raise UserError(f"--div-gate {low} {high}: the first number must be the smaller one")
         if self.terms == ["disp"] and low >= 0:
@@ -286,7 +286,7 @@ class Objective(nn.Module):
         losses = {"loss_fm": loss_fm}
         if self.terms:
             f = torch.stack([tokens[b - 1] for b in chosen])         # [m, N, T, D]
-            gated, log = gated_diversity_loss(f, self.terms, self.gate_range)
+            gated, log = gated_diversity_loss(f, self.terms, self.band)
             loss = loss + gated
             losses |= log
         if self.alignment is not None:
@@ -340,11 +340,7 @@ def report_cka(model, cache, path, device):
 
 
 def step_generator(seed, step, device):
-    """Returns the generator that one step draws all its random numbers from.
-
-    A CPU generator keeps only 32 bits of its seed: of 400,000 steps, about 19 pairs share their
-    noise, which does no harm.
-    """
+    """Returns the generator that one step draws all its random numbers from."""
     stream = files.random_stream("step", seed, step)
     return torch.Generator(device).manual_seed(int(stream.integers(2**63)))
 
@@ -430,7 +426,7 @@ def prepare(args, world):
     if checkpoint:
         config = checkpoint["config"]  # a resumed run keeps its architecture
     elif args.init:
-        init, inherited = files.read_init(args.init, config)
+        init, inherited = files.read_init(args.init, config, cache.meta["classes"])
         config |= inherited
     # these flags override --init; in a resumed run they change nothing, because read_run has
     # compared them
@@ -467,7 +463,6 @@ def train(args):
     cache, config, checkpoint, init = prepare(args, world)
     objective, ema, optimizer = build(args, cache, config, init, device)
     model = objective.model
-    parameters = optimizer.param_groups[0]["params"]
     out = Path(args.out)
     step = 0
     if checkpoint:
@@ -487,18 +482,18 @@ def train(args):
         )
 
     # The data: this process trains on its rows of each global batch, in micro-batches
-    global_batch = args.batch_size
-    local_batch = global_batch // world
+    local_batch = args.batch_size // world
     micro_batch = args.micro_batch or local_batch
     accumulation = local_batch // micro_batch
     mine = slice(rank * local_batch, (rank + 1) * local_batch)
-    dataset_size = len(cache.labels)
-    order = data_order(dataset_size, cache.views, global_batch, mine, args.seed, step)
+    order = data_order(len(cache.labels), cache.views, args.batch_size, mine, args.seed, step)
 
     log = files.TrainingLog(args, step, rank, world, objective.flops(config))
-    save = partial(files.save_run, args, config, cache, objective, ema, optimizer, __file__)
     batches = files.until_stopped(cache.loader(order, args.workers, device), log)
     saved = True  # the newest checkpoint holds all steps so far
+
+    def save():
+        files.save_run(args, config, cache, objective, ema, optimizer, __file__, step)
 
     # after a signal, or if the data fails, `batches` ends early; log.finish reports it
     for batch in islice(batches, max(args.steps - step, 0)):
@@ -513,7 +508,7 @@ def train(args):
         for start in range(0, local_batch, micro_batch):
             part = {name: value[start : start + micro_batch] for name, value in batch.items()}
             # >>> diversedit
-            part["chosen"] = choose_blocks(args.seed, step, len(model.blocks), objective.num_chosen)
+            part["chosen"] = choose_blocks(args.seed, step, len(model.blocks), objective.num_blocks)
             # <<< diversedit
             # DDP averages the gradients once, in the last micro-batch; one process ignores this
             last = start + micro_batch == local_batch
@@ -528,7 +523,7 @@ def train(args):
         lr = args.lr * min((step + 1) / max(args.warmup, 1), 1)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        grad_norm = nn.utils.clip_grad_norm_(parameters, args.clip or np.inf)
+        grad_norm = nn.utils.clip_grad_norm_(objective.parameters(), args.clip or np.inf)
         # skips a step whose gradient is not finite: fused AdamW reads this flag, which is
         # GradScaler's. With an `if`, the CPU would have to wait for the GPU
         optimizer.found_inf = (~grad_norm.isfinite()).float()
@@ -551,13 +546,13 @@ def train(args):
         # 5. save and preview
         saved = save_now
         if save_now and rank == 0:
-            save(step)
+            save()
         if preview_now and rank == 0:
             path = out / f"samples-{step:07d}.png"
             sample.preview(ema, cache, vae, path, args.seed, args.precision)
 
     if rank == 0 and not saved:
-        save(step)
+        save()
     if world > 1:
         dist.destroy_process_group()
     log.finish(step)

@@ -45,7 +45,6 @@ Shapes in the right margin: N batch, M rows with r < t, C, H, W of the latents, 
 """
 
 from copy import deepcopy
-from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
@@ -118,8 +117,8 @@ def parse_args(argv=None):
     add("--label-drop", type=number(float, 0, below=1), default=0.1,
         help="probability of replacing the label of an image by the null class, for guidance")
     add("--time-normal", type=number(float, -20, 20), nargs=2, metavar=("MEAN", "STD"),
-        help="train with logit t ~ N(MEAN, STD^2) (default: t is uniform; MeanFlow: -0.4 1.0); for"
-             " SD-DiT, ln sigma ~ N(MEAN, STD^2) (default: -1.2 1.2)")
+        help="draw logit t, for SD-DiT ln sigma, from N(MEAN, STD^2) (default: t is uniform;"
+             " MeanFlow: -0.4 1.0; SD-DiT: -1.2 1.2)")
     add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32",
         help="precision of the network (on CUDA, fp32 products use TF32); weights and optimiser are"
              " always fp32")
@@ -188,14 +187,12 @@ def parse_args(argv=None):
 
 # >>> meanflow
 @torch.no_grad()
-def mean_flow_target(u, x_t, r, t, v, dx_dt=None):
+def mean_flow_target(u, x_t, r, t, v, dx_dt):
     """Returns u_tgt = v - (t - r) du/dt (arXiv 2505.13447), the MeanFlow identity, as a constant.
 
-    u: a function (x, r, t) -> mean velocity; x_t, v and what is returned: [N, C, H, W]; r, t [N].
-    du/dt is the derivative of u(x_t, r, t) along a path, by the chain rule. dx_dt: v by default.
+    u: a function (x, r, t) -> mean velocity; x_t, v, dx_dt and what is returned: [N, C, H, W];
+    r, t [N]. du/dt is the derivative of u(x_t, r, t) along a path, by the chain rule.
     """
-    if dx_dt is None:
-        dx_dt = v
     dr_dt = torch.zeros_like(r)
     dt_dt = torch.ones_like(t)
     _, du_dt = jvp(u, (x_t, r, t), (dx_dt, dr_dt, dt_dt))
@@ -228,7 +225,7 @@ class Objective(nn.Module):
         self.kappa = args.kappa
         self.null_weight = round(1 - args.omega - args.kappa, 6)
         self.guide_interval = args.guide_interval
-        self.num_chosen = min(10, len(model.blocks))
+        self.num_blocks = min(10, len(model.blocks))
         dropped = model.y_embedder.dropout_prob
         self.share_below = min(1 - args.flow_ratio, 1 - dropped)  # the rows with r < t
         low, high = args.guide_interval
@@ -309,7 +306,7 @@ class Objective(nn.Module):
         # jvp has no formula for fused attention. It cannot pass compiled blocks either: without
         # force_eager, they would silently stay uncompiled for the rest of the run
         with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
-            dx_dt = None  # x moves with v~
+            dx_dt = v_tilde[rows]  # x moves with v~
             if self.tangent == "model":
                 dx_dt = u(x_t[rows], t[rows], t[rows]).float()
             return mean_flow_target(u, x_t[rows], r[rows], t[rows], v_tilde[rows], dx_dt)
@@ -342,11 +339,7 @@ def compare_samplers(model, cache, autoencoder, path, args):
 
 
 def step_generator(seed, step, device):
-    """Returns the generator that one step draws all its random numbers from.
-
-    A CPU generator keeps only 32 bits of its seed: of 400,000 steps, about 19 pairs share their
-    noise, which does no harm.
-    """
+    """Returns the generator that one step draws all its random numbers from."""
     stream = files.random_stream("step", seed, step)
     return torch.Generator(device).manual_seed(int(stream.integers(2**63)))
 
@@ -420,7 +413,7 @@ def prepare(args, world):
     --init, each of which may be None. Raises UserError if something does not fit.
     """
     # >>> meanflow
-    arch = {"arch": "DiverseDiT" if args.diverse else "DiT", "interval": True}
+    arch = {"arch": "DiverseDiT" if args.diverse else "DiT", "mean_velocity": True}
     read_targets = False
     # <<< meanflow
     cache = CachedFeatures(args.data, targets=read_targets, control=args.control != "none")
@@ -441,7 +434,7 @@ def prepare(args, world):
     if checkpoint:
         config = checkpoint["config"]  # a resumed run keeps its architecture
     elif args.init:
-        init, inherited = files.read_init(args.init, config)
+        init, inherited = files.read_init(args.init, config, cache.meta["classes"])
         config |= inherited
     # these flags override --init; in a resumed run they change nothing, because read_run has
     # compared them
@@ -478,7 +471,6 @@ def train(args):
     cache, config, checkpoint, init = prepare(args, world)
     objective, ema, optimizer = build(args, cache, config, init, device)
     model = objective.model
-    parameters = optimizer.param_groups[0]["params"]
     out = Path(args.out)
     step = 0
     if checkpoint:
@@ -498,18 +490,18 @@ def train(args):
         )
 
     # The data: this process trains on its rows of each global batch, in micro-batches
-    global_batch = args.batch_size
-    local_batch = global_batch // world
+    local_batch = args.batch_size // world
     micro_batch = args.micro_batch or local_batch
     accumulation = local_batch // micro_batch
     mine = slice(rank * local_batch, (rank + 1) * local_batch)
-    dataset_size = len(cache.labels)
-    order = data_order(dataset_size, cache.views, global_batch, mine, args.seed, step)
+    order = data_order(len(cache.labels), cache.views, args.batch_size, mine, args.seed, step)
 
     log = files.TrainingLog(args, step, rank, world, objective.flops(config))
-    save = partial(files.save_run, args, config, cache, objective, ema, optimizer, __file__)
     batches = files.until_stopped(cache.loader(order, args.workers, device), log)
     saved = True  # the newest checkpoint holds all steps so far
+
+    def save():
+        files.save_run(args, config, cache, objective, ema, optimizer, __file__, step)
 
     # after a signal, or if the data fails, `batches` ends early; log.finish reports it
     for batch in islice(batches, max(args.steps - step, 0)):
@@ -526,7 +518,7 @@ def train(args):
             # >>> meanflow
             if args.diverse:
                 depth = len(model.blocks)
-                part["chosen"] = choose_blocks(args.seed, step, depth, objective.num_chosen)
+                part["chosen"] = choose_blocks(args.seed, step, depth, objective.num_blocks)
             # <<< meanflow
             # DDP averages the gradients once, in the last micro-batch; one process ignores this
             last = start + micro_batch == local_batch
@@ -541,7 +533,7 @@ def train(args):
         lr = args.lr * min((step + 1) / max(args.warmup, 1), 1)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        grad_norm = nn.utils.clip_grad_norm_(parameters, args.clip or np.inf)
+        grad_norm = nn.utils.clip_grad_norm_(objective.parameters(), args.clip or np.inf)
         # skips a step whose gradient is not finite: fused AdamW reads this flag, which is
         # GradScaler's. With an `if`, the CPU would have to wait for the GPU
         optimizer.found_inf = (~grad_norm.isfinite()).float()
@@ -567,13 +559,13 @@ def train(args):
         # 5. save and preview
         saved = save_now
         if save_now and rank == 0:
-            save(step)
+            save()
         if preview_now and rank == 0:
             path = out / f"samples-{step:07d}.png"
             sample.preview(ema, cache, vae, path, args.seed, args.precision)
 
     if rank == 0 and not saved:
-        save(step)
+        save()
     if world > 1:
         dist.destroy_process_group()
     log.finish(step)

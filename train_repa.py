@@ -22,7 +22,6 @@ Shapes in the right margin: N batch, C, H, W of the latents, T tokens, D width, 
 """
 
 from copy import deepcopy
-from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
@@ -86,8 +85,8 @@ def parse_args(argv=None):
     add("--label-drop", type=number(float, 0, below=1), default=0.1,
         help="probability of replacing the label of an image by the null class, for guidance")
     add("--time-normal", type=number(float, -20, 20), nargs=2, metavar=("MEAN", "STD"),
-        help="train with logit t ~ N(MEAN, STD^2) (default: t is uniform; MeanFlow: -0.4 1.0); for"
-             " SD-DiT, ln sigma ~ N(MEAN, STD^2) (default: -1.2 1.2)")
+        help="draw logit t, for SD-DiT ln sigma, from N(MEAN, STD^2) (default: t is uniform;"
+             " MeanFlow: -0.4 1.0; SD-DiT: -1.2 1.2)")
     add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32",
         help="precision of the network (on CUDA, fp32 products use TF32); weights and optimiser are"
              " always fp32")
@@ -255,7 +254,7 @@ class Objective(nn.Module):
         return 3 * forward
 
 
-# ---- a monitor: how well the tokens of each block agree with the targets
+# ---- a monitor, without which a run trains the same: do the blocks agree with the targets?
 
 NEIGHBOURS = 10
 
@@ -319,11 +318,7 @@ def report_cknna(model, cache, device):
 
 
 def step_generator(seed, step, device):
-    """Returns the generator that one step draws all its random numbers from.
-
-    A CPU generator keeps only 32 bits of its seed: of 400,000 steps, about 19 pairs share their
-    noise, which does no harm.
-    """
+    """Returns the generator that one step draws all its random numbers from."""
     stream = files.random_stream("step", seed, step)
     return torch.Generator(device).manual_seed(int(stream.integers(2**63)))
 
@@ -409,7 +404,7 @@ def prepare(args, world):
     if checkpoint:
         config = checkpoint["config"]  # a resumed run keeps its architecture
     elif args.init:
-        init, inherited = files.read_init(args.init, config)
+        init, inherited = files.read_init(args.init, config, cache.meta["classes"])
         config |= inherited
     # these flags override --init; in a resumed run they change nothing, because read_run has
     # compared them
@@ -446,7 +441,6 @@ def train(args):
     cache, config, checkpoint, init = prepare(args, world)
     objective, ema, optimizer = build(args, cache, config, init, device)
     model = objective.model
-    parameters = optimizer.param_groups[0]["params"]
     out = Path(args.out)
     step = 0
     if checkpoint:
@@ -466,18 +460,18 @@ def train(args):
         )
 
     # The data: this process trains on its rows of each global batch, in micro-batches
-    global_batch = args.batch_size
-    local_batch = global_batch // world
+    local_batch = args.batch_size // world
     micro_batch = args.micro_batch or local_batch
     accumulation = local_batch // micro_batch
     mine = slice(rank * local_batch, (rank + 1) * local_batch)
-    dataset_size = len(cache.labels)
-    order = data_order(dataset_size, cache.views, global_batch, mine, args.seed, step)
+    order = data_order(len(cache.labels), cache.views, args.batch_size, mine, args.seed, step)
 
     log = files.TrainingLog(args, step, rank, world, objective.flops(config))
-    save = partial(files.save_run, args, config, cache, objective, ema, optimizer, __file__)
     batches = files.until_stopped(cache.loader(order, args.workers, device), log)
     saved = True  # the newest checkpoint holds all steps so far
+
+    def save():
+        files.save_run(args, config, cache, objective, ema, optimizer, __file__, step)
 
     # after a signal, or if the data fails, `batches` ends early; log.finish reports it
     for batch in islice(batches, max(args.steps - step, 0)):
@@ -504,7 +498,7 @@ def train(args):
         lr = args.lr * min((step + 1) / max(args.warmup, 1), 1)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        grad_norm = nn.utils.clip_grad_norm_(parameters, args.clip or np.inf)
+        grad_norm = nn.utils.clip_grad_norm_(objective.parameters(), args.clip or np.inf)
         # skips a step whose gradient is not finite: fused AdamW reads this flag, which is
         # GradScaler's. With an `if`, the CPU would have to wait for the GPU
         optimizer.found_inf = (~grad_norm.isfinite()).float()
@@ -527,13 +521,13 @@ def train(args):
         # 5. save and preview
         saved = save_now
         if save_now and rank == 0:
-            save(step)
+            save()
         if preview_now and rank == 0:
             path = out / f"samples-{step:07d}.png"
             sample.preview(ema, cache, vae, path, args.seed, args.precision)
 
     if rank == 0 and not saved:
-        save(step)
+        save()
     if world > 1:
         dist.destroy_process_group()
     log.finish(step)

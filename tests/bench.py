@@ -260,7 +260,7 @@ def bench_sample(args, gemm):
         # network, sampler, guidance, passes
         (dict(arch="DiT"), "ode", 1.0, n),
         (dict(arch="DiT"), "sde", 1.8, 2 * n),
-        (dict(arch="DiT", interval=True), "mean", 1.0, n),
+        (dict(arch="DiT", mean_velocity=True), "mean", 1.0, n),
         (dict(arch="NoiseDiT"), "ddpm", 1.0, n),
         (dict(arch="SDDiT"), "edm", 1.0, 2 * n - 1),
     ]

@@ -92,7 +92,7 @@ def test_the_exact_mean_velocity_is_the_target():
         path = x * (std_at(s) / std_at(t)).view(-1, 1, 1, 1)
         mean = mean + weight / 2 * exact_v(path, s)
     torch.testing.assert_close(mean, u, rtol=1e-10, atol=1e-10)
-    target = mean_flow_target(exact_u, x, r, t, exact_v(x, t))
+    target = mean_flow_target(exact_u, x, r, t, exact_v(x, t), exact_v(x, t))
     assert (target - u).abs().max() < 1e-12
 
 
@@ -148,7 +148,7 @@ def test_the_derivative_against_differences(options, monkeypatch):
     """Central differences along the path, all in float64, whose own error is about 1e-9."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     sizes = {"input_size": 8, "in_channels": 3, "num_classes": 3, **dit.parse_model("nano/2")}
-    model = randomize(dit.build({"arch": "DiT", **sizes, "interval": True, **options}), std=0.1).double()
+    model = randomize(dit.build({"arch": "DiT", **sizes, "mean_velocity": True, **options}), std=0.1).double()
     x, v = torch.randn(2, 3, 3, 8, 8, dtype=torch.float64)
     y, t, r = torch.arange(3), torch.tensor([0.9, 0.5, 0.3]).double(), torch.tensor([0.1, 0.4, 0.0]).double()
     control = torch.tensor([[30, 40, 0, 5, 30, 30, i % 2] for i in range(3)]).double()
@@ -157,7 +157,7 @@ def test_the_derivative_against_differences(options, monkeypatch):
         return model(x, t, y, control=control, r=r)
 
     with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        target = mean_flow_target(u, x, r, t, v)
+        target = mean_flow_target(u, x, r, t, v, v)
         h = 1e-5
         slope = (u(x + h * v, r, t + h) - u(x - h * v, r, t - h)) / (2 * h)
     expected = v - (t - r).view(-1, 1, 1, 1) * slope
@@ -190,13 +190,14 @@ COUNTS = {
 @pytest.mark.parametrize("arch, model", COUNTS)
 def test_parameter_counts(arch, model):
     with torch.device("meta"):
-        built = dit.build({"arch": arch, "interval": True, **dit.parse_model(model)})
+        built = dit.build({"arch": arch, "mean_velocity": True, **dit.parse_model(model)})
     assert sum(p.numel() for p in built.parameters()) == COUNTS[arch, model]
 
 
 def test_size_m():
     """308M parameters and 54.0 GMAC in the paper's table."""
-    config = {"arch": "DiT", "interval": True, "input_size": 32, "in_channels": 4, **dit.parse_model("M/2")}
+    config = {"arch": "DiT", "mean_velocity": True, "input_size": 32, "in_channels": 4}
+    config |= dit.parse_model("M/2")
     with torch.device("meta"):
         built = dit.build(config)
     assert len(built.blocks) == 16 and built.blocks[0].attn.num_heads == 16
@@ -213,7 +214,7 @@ def small(arch="DiT", **options):
 @pytest.mark.parametrize("arch", ["DiT", "DiverseDiT"])
 def test_the_interval_is_embedded(arch):
     """c = t_emb(t) + h_emb(t - r) + y_emb. Without an r, r = t. All other tensors are a plain model's."""
-    plain, model = small(arch), randomize(small(arch, interval=True))
+    plain, model = small(arch), randomize(small(arch, mean_velocity=True))
     names = {f"h_embedder.mlp.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
     assert model.state_dict().keys() - plain.state_dict().keys() == names
     x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([0.3, 0.9]), torch.tensor([0, 2])
@@ -224,13 +225,13 @@ def test_the_interval_is_embedded(arch):
         c, _ = model.condition(t, t, y, None, None, r)
     expected = model.t_embedder(t) + model.h_embedder(t - r) + model.y_embedder(y)
     torch.testing.assert_close(c, expected)
-    with pytest.raises(ValueError, match="interval"):
+    with pytest.raises(ValueError, match="mean_velocity"):
         plain(x, t, y, r=r)
 
 
 def test_first_weights():
     """As for the other time; a model without the option draws what it always drew."""
-    model = small(interval=True)
+    model = small(mean_velocity=True)
     for layer in (model.h_embedder.mlp[0], model.h_embedder.mlp[2]):
         assert layer.weight.std().item() == pytest.approx(0.02, rel=0.05) and not layer.bias.any()
     assert "h_embedder.mlp.0.weight" not in small().state_dict()
@@ -359,7 +360,7 @@ def test_shares_of_the_rows(cache, ratio, drop):
     flags = ["--data", cache, "--model", "nano/2", "--flow-ratio", ratio, "--label-drop", drop, *PLAIN]
     args = train_meanflow.parse_args([str(flag) for flag in flags])
     args.batch_size = 20_000
-    model = small(class_dropout_prob=drop, interval=True)
+    model = small(class_dropout_prob=drop, mean_velocity=True)
     model.patch_size = model.grid = 1  # draws fewer numbers
     noise = train_meanflow.draw_noise(args, model, slice(None), 0, "cpu")
     assert not (noise["r_below_t"] & noise["drop"]).any()
@@ -430,7 +431,7 @@ def test_passes_and_flops(cache, flags, passes):
         patch.setattr(train_meanflow, "mean_flow_target", lambda u, x, *_: (derived.append(len(x)), x)[1])
         ours(**inputs())
     assert calls == [8] * (passes + 1) and derived == [3]
-    config = {"arch": "DiT", "interval": True, "input_size": 8, "in_channels": 3, "num_classes": 3}
+    config = {"arch": "DiT", "mean_velocity": True, "input_size": 8, "in_channels": 3, "num_classes": 3}
     config |= dit.parse_model("nano/2")
     expected = (3 + passes + 0.25 * 2) * dit.forward_flops(config)
     assert ours.flops(config) == pytest.approx(expected)
@@ -497,7 +498,7 @@ def test_two_processes_are_one(cache, tmp_path, short, processes):
 def test_conditioning_options(cache, tmp_path, short):
     flags = ["--control", "cosine", "--class-tokens", 2, "--qk-norm", "--diverse", "--tangent", "model"]
     run = meanflow(cache, tmp_path / "run", *short, *flags)
-    assert run["config"]["interval"] and run["config"]["class_tokens"] == 2
+    assert run["config"]["mean_velocity"] and run["config"]["class_tokens"] == 2
     assert all(np.isfinite(row["loss_mean"]) for row in rows(tmp_path / "run"))
 
 
@@ -592,10 +593,10 @@ def test_the_picture_at_the_end(cache, tmp_path, short, capsys, monkeypatch):
 
 
 def test_preview_samples_with_the_mean_velocity():
-    assert sample.choose_sampler(small(interval=True))[0] == "mean"
-    assert sample.choose_sampler(small(interval=True))[1].tolist() == [1, 0]
+    assert sample.choose_sampler(small(mean_velocity=True))[0] == "mean"
+    assert sample.choose_sampler(small(mean_velocity=True))[1].tolist() == [1, 0]
     assert sample.choose_sampler(small())[0] == "ode"
-    assert len(sample.choose_sampler(small(interval=True, time_shift=2.0), "mean", 4)[1]) == 5
+    assert len(sample.choose_sampler(small(mean_velocity=True, time_shift=2.0), "mean", 4)[1]) == 5
 
 
 # --- refusals
@@ -622,7 +623,7 @@ def test_samplers_that_do_not_fit(cache, tmp_path, short):
     message = sampled(tmp_path / "control", "--out", out, "--control-cfg", 0.5)
     assert "--control-cfg 0.5" in message and "--sampler ode" in message
     with pytest.raises(ValueError, match="guided"):
-        sample.generate(small(interval=True), range(2), torch.arange(2), scale=2.0)
+        sample.generate(small(mean_velocity=True), range(2), torch.arange(2), scale=2.0)
     assert not out.exists()
 
 

@@ -358,10 +358,10 @@ def test_guidance_of_the_noise_leaves_the_variance_alone():
         return model.predict_at(x, t, torch.tensor(classes), control=c)
 
     full, null, zero = at([0, 2], control), at([3, 3], control), 0 * control
-    guided = sample.guided(model, y, 2.5, control=control, method="predict_at")(x, t[0].item())
+    guided = sample.guided(model, y, 2.5, control=control, predict_noise=True)(x, t[0].item())
     torch.testing.assert_close(guided[:, :3], (null + 2.5 * (full - null))[:, :3])
     torch.testing.assert_close(guided[:, 3:], full[:, 3:])
-    options = dict(control=control, control_scale=1.5, method="predict_at")
+    options = dict(control=control, control_scale=1.5, predict_noise=True)
     guided = sample.guided(model, y, 2.0, **options)(x, t[0].item())
     only_class, nothing = at([0, 2], zero), at([3, 3], zero)
     v = only_class + 1.5 * (full - only_class)
@@ -369,7 +369,7 @@ def test_guidance_of_the_noise_leaves_the_variance_alone():
     torch.testing.assert_close(guided[:, 3:], full[:, 3:])
     guide = randomize(dit.NoiseDiT(**SMALL, control="constant"), std=0.2).eval()
     weak = guide.predict_at(x, t, y, control=control)
-    guided = sample.guided(model, y, 2.0, guide=guide, control=control, method="predict_at")(x, t[0].item())
+    guided = sample.guided(model, y, 2.0, guide=guide, control=control, predict_noise=True)(x, t[0].item())
     torch.testing.assert_close(guided, torch.cat([(2 * full - weak)[:, :3], full[:, 3:]], dim=1))
 
 
