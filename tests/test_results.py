@@ -43,9 +43,6 @@ def test_the_tables_hold_the_figures():
     assert len(shown) >= 5
     for row, line in shown.items():
         assert line.endswith(" | ".join(["", *digits.summary(RESULTS, row), ""]).rstrip()), row
-    methods = "repa", "diversedit", "sddit"
-    last = [100 * digits.figures(RESULTS, row, 1000, "accuracy").mean() for row in methods]
-    assert "accuracy is then {:.0f}, {:.0f} and {:.0f} %".format(*last) in README
 
 
 def test_the_table_of_one_seed_holds_the_packed_runs():

@@ -6,8 +6,9 @@
     python tests/results/digits.py --pack                    digits-runs.zip: what is done, to go on elsewhere
 
 Each row of ROWS is a command that can be pasted; this script adds --seed, --out and --keep-every 250. Every
-snapshot draws 500 samples, fifty per class, from the same noise in all rows, in 25 steps. MeanFlow's are
-drawn in one evaluation, and those of its last snapshot in other numbers as well. Two judges: `fid.py
+snapshot draws 500 samples, fifty per class, in 25 steps and with the seed of the run: so the rows of a seed
+share all their noise. MeanFlow's are drawn in one evaluation, and those of its last snapshot in other numbers
+as well. Two judges: `fid.py
 --features pixels` against the 1,797 real digits, and the class of the nearest real digit in pixels, which is
 right for 98.8 % of the real digits, each left out in turn. A run uses one thread, so that its bits do not
 depend on what else the machine does. iREPA's script is the fork of fork-irepa.md. Runs in digits-runs.zip are
@@ -84,22 +85,22 @@ def nearest_class(images, real, labels):
     return labels[torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").argmin(1).numpy()]
 
 
-def draw(checkpoint, flags, path):
+def draw(checkpoint, flags, seed, path):
     if not path.exists():
-        flags = f"{flags} --num {SAMPLES} --labels balanced --out {path}"
+        flags = f"{flags} --seed {seed} --num-images {SAMPLES} --labels balanced --out {path}"
         sample.main([str(checkpoint), *flags.split()])
 
 
-def evaluate(folder, mean_velocity=False):
+def evaluate(folder, seed, mean_velocity=False):
     """Samples of the four snapshots of a run, and their figures: a list of dicts."""
     paths = [folder / f"samples-{step}.npz" for step in STEPS]
     for step, path in zip(STEPS, paths, strict=True):
-        draw(folder / f"{step:07d}.pt", MEAN if mean_velocity else FLOW, path)
+        draw(folder / f"{step:07d}.pt", MEAN if mean_velocity else FLOW, seed, path)
     more = {}
     if mean_velocity:
         more = {name: folder / f"more-{name.replace(' ', '-')}.npz" for name in MORE}
         for name, path in more.items():
-            draw(folder / f"{STEPS[-1]:07d}.pt", MORE[name], path)
+            draw(folder / f"{STEPS[-1]:07d}.pt", MORE[name], seed, path)
     every = [*map(str, paths), *map(str, more.values())]
     fid.main([str(REAL), *every, "--features", "pixels", "--json", str(folder / "fid.json")])
     report = json.loads((folder / "fid.json").read_text())
@@ -153,7 +154,7 @@ def run(job):
     with open(f"{folder}.txt", "a") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         try:
             train.main(flags)
-            rows, floor, more = evaluate(folder, mean_velocity=script == "train_meanflow.py")
+            rows, floor, more = evaluate(folder, seed, script == "train_meanflow.py")
         except SystemExit as error:  # which would end a process of the pool in silence
             raise RuntimeError(str(error)) from error
     partial = folder / "result.partial"
