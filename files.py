@@ -45,6 +45,28 @@ from tqdm import tqdm
 
 import dit
 
+# ---- errors
+
+
+class UserError(Exception):
+    """Something that the user can repair. Its message is one line with the thing and the remedy."""
+
+
+@contextlib.contextmanager
+def explaining(what, remedy):
+    """Turns whatever is raised inside into a UserError. Use it only around a decoder of files."""
+    try:
+        yield
+    except Exception as error:  # libraries raise about ten types for a damaged file
+        raise UserError(f"{what} ({first_sentence(error)}); {remedy}") from None
+
+
+def first_sentence(error):
+    """Returns the first sentence of an exception's text, or its type if there is no text."""
+    text = " ".join(str(error).split())
+    return text.split(". ")[0][:200] or type(error).__name__
+
+
 # ---- random numbers
 
 # what random numbers are used for; append a new use, because the position is part of the seed
@@ -896,25 +918,6 @@ def compile_blocks(module):
 
 
 # ---- command lines, and how a program ends
-
-
-class UserError(Exception):
-    """Something that the user can repair. Its message is one line with the thing and the remedy."""
-
-
-@contextlib.contextmanager
-def explaining(what, remedy):
-    """Turns whatever is raised inside into a UserError. Use it only around a decoder of files."""
-    try:
-        yield
-    except Exception as error:  # libraries raise about ten types for a damaged file
-        raise UserError(f"{what} ({first_sentence(error)}); {remedy}") from None
-
-
-def first_sentence(error):
-    """Returns the first sentence of an exception's text, or its type if there is no text."""
-    text = " ".join(str(error).split())
-    return text.split(". ")[0][:200] or type(error).__name__
 
 
 @contextlib.contextmanager
