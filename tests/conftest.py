@@ -1,5 +1,6 @@
 """Shared by the tests: a small cache, and small runs of the training scripts in this and other processes."""
 
+import gc
 import importlib
 import json
 import multiprocessing
@@ -23,6 +24,7 @@ import train_repa  # noqa: E402
 
 METHODS = ("repa", "diversedit", "sddit", "meanflow", "dit")
 SCRIPTS = {name: importlib.import_module(f"train_{name}") for name in METHODS}
+gc.freeze()  # the processes that fork from this one need not look through, and so copy, what is imported
 SMALL = "--model nano/2 --steps 6 --batch-size 16 --lr 1e-3 --ema 0.9 --workers 0".split()
 SMALL += "--log-every 1 --save-every 3 --sample-every 0".split()
 EXTRACT = "--image-size 8 --patch 2 --vae none --encoder hog --batch-size 16 --workers 0".split()

@@ -759,6 +759,7 @@ def become_section(section, smoke, out, work, go):
         bench.FEATURES = 64
         entries = {"block_out_channels": [32, 32, 32, 32], "scaling_factor": 0.18215}
         extract_features.AutoencoderKL = partial(extract_features.AutoencoderKL, entries)
+    gc.freeze()  # what is imported need not be looked through after every row
     go.wait()
     print(f"\n######## {section}", flush=True)
     measure_section(section, SMOKE if smoke else FULL, out, work)
