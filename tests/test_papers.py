@@ -74,6 +74,10 @@ repa-l-block-10       train_repa        data=features/dinov2l repa_depth=[10]
 repa-l-block-12       train_repa        data=features/dinov2l repa_depth=[12]
 repa-l-block-14       train_repa        data=features/dinov2l repa_depth=[14]
 repa-l-block-16       train_repa        data=features/dinov2l repa_depth=[16]
+repa-xl-512-1m        train_repa        out=runs/repa-xl-512 data=features/imagenet512
+repa-cfg-512-400k     sample            sampler=sde steps=250 vae=EMA
+repa-cfg-512-500k     sample            sampler=sde steps=250 vae=EMA
+repa-cfg-512-1m       sample            sampler=sde steps=250 vae=EMA
 
 sit-b                 train_repa        repa_weight=0
 sit-l                 train_repa        repa_weight=0
@@ -173,7 +177,7 @@ sddit-s-mask-0.9      train_sddit       mask_ratio=0.9
 sddit-s-noise-student train_sddit       mask_ratio=0.5 teacher_noise=student
 sddit-s-noise-0.3     train_sddit       mask_ratio=0.5 teacher_noise=0.3
 sddit-s-noise-0.5     train_sddit       mask_ratio=0.5 teacher_noise=0.5
-sddit-speed           tests/bench       model=S/2 batch=[32]
+sddit-speed           tests/bench       model=S/2 batch=[32] precision=fp32
 
 cond-constant         extract_features  data=imagenet/train out=features/crops encoder=none flip=true crops=2
 cond-constant         train_repa        repa_weight=0 control=constant data=features/crops
@@ -449,6 +453,7 @@ ALL = [split(command) for commands in COMMANDS.values() for command in commands]
 def on_cuda(monkeypatch):
     """The commands are for GPUs, where bf16 is the default of most programs."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench, "CUDA", True)
 
 
 def wanted(row, script, values):
