@@ -92,6 +92,7 @@ def test_a_row_runs_and_is_resumed(tmp_path, monkeypatch):
     flags = "--digits --steps 2 --batch-size 16 --log-every 1 --lr 0.02"
     monkeypatch.setattr(digits, "STEPS", (1, 2))
     monkeypatch.setattr(digits, "SAMPLES", 20)
+    monkeypatch.setattr(digits, "PROBE", "--epochs 1 --batch-size 256")
     rows = {"a": ("A", None, f"train_repa.py {flags} --repa-weight 0")}
     rows["b"] = "B", "a", f"train_repa.py {flags}"
     rows["c"] = "C", "a", f"train_meanflow.py {flags}"
@@ -112,7 +113,9 @@ def test_a_row_runs_and_is_resumed(tmp_path, monkeypatch):
     assert results[2]["evaluations"]["1"] == results[2]["points"][1]["fd"]
     assert len(set(results[2]["evaluations"].values())) == 5
     text = digits.table([*results, *(result | {"seed": 1} for result in results)])
-    assert "B - A" in text and text.count("| A |") == 3 and text.count("| C |") == 4
+    assert "B - A" in text and text.count("| A |") == 4 and text.count("| C |") == 5
+    probed = json.loads((tmp_path / "a-0" / "probe.json").read_text())["test"]
+    assert len(probed) == 6 and f"| A | {100 * probed[0]:.1f} ± 0.0 | {100 * probed[1]:.1f} ± 0.0 |" in text
     digits.draw_samples(tmp_path, 0, tmp_path / "samples.png")
     assert (tmp_path / "samples.png").stat().st_size > 1000
 

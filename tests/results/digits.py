@@ -8,7 +8,7 @@
 Each row of ROWS is a command that can be pasted; this script adds --seed, --out and --keep-every 250. Every
 snapshot draws 500 samples, fifty per class, in 25 steps and with the seed of the run: so the rows of a seed
 share all their noise. MeanFlow's are drawn in one evaluation, and those of its last snapshot in other numbers
-as well. Two judges: `fid.py
+as well. The blocks of the last snapshot are probed (probe.py). Two judges: `fid.py
 --features pixels` against the 1,797 real digits, and the class of the nearest real digit in pixels, which is
 right for 98.8 % of the real digits, each left out in turn. A run uses one thread, so that its bits do not
 depend on what else the machine does. iREPA's script is the fork of fork-irepa.md. Runs in digits-runs.zip are
@@ -32,7 +32,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import t as student_t
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import probe
+
 import extract_features
 import fid
 import files
@@ -77,6 +80,7 @@ FLOW = "--steps 25"
 MEAN = "--sampler mean --steps 1"
 MORE = {"2": "--sampler mean --steps 2", "4": "--sampler mean --steps 4"}
 MORE |= {"Euler 1": "--sampler ode --steps 1", "Euler 25": "--sampler ode --steps 25"}
+PROBE = "--t 0.1 --batch-size 64 --lr 1e-2"
 
 
 def nearest_class(images, real, labels):
@@ -127,6 +131,13 @@ def evaluate(folder, seed, mean_velocity=False):
     return rows, report["floor"], dict(zip(more, found, strict=True))
 
 
+def probe_blocks(folder, seed):
+    """The share of held-out digits that a linear layer classifies from each block of the last snapshot."""
+    flags = f"--data {folder.parent / 'digits'} --json {folder / 'probe.json'} --seed {seed} {PROBE}"
+    probe.main([str(folder / f"{STEPS[-1]:07d}.pt"), *flags.split()])
+    return json.loads((folder / "probe.json").read_text())["test"]
+
+
 def write_irepa(folder):
     """Writes train_irepa.py: train_repa.py with the diff of fork-irepa.md."""
     text = re.sub(r"(>>>|<<<) repa", r"\1 irepa", (ROOT / "train_repa.py").read_text())
@@ -155,10 +166,11 @@ def run(job):
         try:
             train.main(flags)
             rows, floor, more = evaluate(folder, seed, script == "train_meanflow.py")
+            probed = probe_blocks(folder, seed)
         except SystemExit as error:  # which would end a process of the pool in silence
             raise RuntimeError(str(error)) from error
     partial = folder / "result.partial"
-    result = {"row": row, "seed": seed, "floor": floor["fid"], "points": rows}
+    result = {"row": row, "seed": seed, "floor": floor["fid"], "points": rows, "probe": probed}
     if more:
         result["evaluations"] = {"1": rows[-1]["fd"], **more}
     partial.write_text(json.dumps(result, indent=1))
@@ -211,7 +223,7 @@ def table(results):
         cells = [f"{x.mean():.3f} ± {x.std(ddof=1):.3f}" for x in values]
         lines.append([ROWS[row][0], *cells, f"{seconds:.2f}", f"`{ROWS[row][2]}`"])
     head = [f"step {STEPS[-1]}", "MIND", "precision", "recall", "denoising loss", "s per step", "command"]
-    return "\n".join([*text, "", *markdown(head, lines), *evaluations(results)])
+    return "\n".join([*text, "", *markdown(head, lines), *evaluations(results), *probes(results)])
 
 
 def evaluations(results):
@@ -227,6 +239,21 @@ def evaluations(results):
     if not lines:
         return []
     return ["", *markdown([f"FD by evaluations, step {STEPS[-1]}", *names], lines)]
+
+
+def probes(results):
+    """What a linear layer reads from the blocks: a table of all rows."""
+    lines = []
+    for row, (name, _, _) in ROWS.items():
+        found = [result["probe"] for result in results if result["row"] == row and "probe" in result]
+        if found:
+            values = 100 * np.array(found)                               # [seeds, blocks]
+            cells = zip(values.mean(0), values.std(0, ddof=1), strict=True)
+            lines.append([name, *(f"{mean:.1f} ± {spread:.1f}" for mean, spread in cells)])
+    if not lines:
+        return []
+    blocks = [f"block {b}" for b in range(1, len(lines[0]))]
+    return ["", *markdown([f"linear probe, %, step {STEPS[-1]}", *blocks], lines)]
 
 
 def summary(results, row):
