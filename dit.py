@@ -11,10 +11,10 @@ one of them needs stands just above it. All have the control conditioning of arX
 its transfer to a higher resolution. `build(config)` makes a model from the `config` of its
 checkpoint. Nothing here reads a file, knows about processes or holds a loss.
 
-Parameters have the official names and shapes: REPA's in a plain DiT, DiT's in a NoiseDiT, whose
-output has twice the channels. (SiT's has them, too, but does not use them.) Control, mean
-velocities, long residuals and class tokens add or widen tensors. An SDDiT has a CLS token, a label
-table, a decoder and a last layer of its own.
+Parameters have the official names and shapes. A plain DiT has those of REPA's model, and a NoiseDiT
+those of DiT's, which predicts twice the channels. (So does SiT's official model, but SiT does not
+use the second half.) Control, mean velocities, long residuals and class tokens add or widen
+tensors. An SDDiT has a CLS token, a label table, a decoder and a last layer of its own.
 
 Where a file deviates from a paper or from the authors' code, it says so in one form:
     paper: what the paper says / official code: what the authors' code does / here: what this file
@@ -392,8 +392,9 @@ class DiT(nn.Module):
         """Returns the condition c [N, D], and the class tokens [N, K, D] that precede the patches.
 
         By default K = 0, and the class is part of c. With the option `mean_velocity`, so is t - r.
-        The weight of the control depends on unshifted_t [N] (see shift_time): on how noisy an image
-        looks, whatever its resolution.
+        t [N] is what the network is told: a time, in a NoiseDiT a timestep, in an SDDiT c_noise.
+        unshifted_t [N] is the time of flow matching before any shift (see shift_time). It says how
+        noisy an image looks at any resolution, and the weight of the control depends on it.
         """
         c = self.t_embedder(t)                                        # [N, D]
         if self.h_embedder is not None:
@@ -697,12 +698,14 @@ class NoiseDiT(DiT):
     `predict` reads x_k = alpha x + sigma eps at a timestep k (see DDPMStep). Its first C output
     channels are eps, and the others set the variance of a step (see DDPMStep.log_variance).
 
-    `forward` turns eps into a velocity, because flow matching has the same image and noise in
-        x_t = x_k / (alpha + sigma)  at  t = sigma / (alpha + sigma),  so that
-        v = eps - x = eps - (x_k - sigma eps) / alpha = (eps - x_t) / (1 - t).
-    Since alpha^2 + sigma^2 = 1, 1 / (alpha + sigma) = hypot(1 - t, t). So the samplers of flow
-    matching can draw from it. They start at `first_time`, the largest t of DiT's schedule, and use
-    no variance. Below the smallest t, 0.0099, the timestep stays 0.
+    `forward` turns eps into a velocity. Divided by alpha + sigma, x_k is flow matching's
+        x_t = (1 - t) x + t eps  with  t = sigma / (alpha + sigma).
+    So x = (x_t - t eps) / (1 - t), and v = eps - x = (eps - x_t) / (1 - t). The way back from x_t
+    is x_k = x_t / hypot(1 - t, t), because alpha^2 + sigma^2 = 1.
+
+    So the samplers of flow matching can draw from this model. They start at `first_time`, the
+    largest t of DiT's schedule, and use no variance. Below the smallest t, 0.0099, the timestep
+    stays 0.
     """
 
     outputs = 2
@@ -720,8 +723,9 @@ class NoiseDiT(DiT):
 
     def steps_at(self, k):
         """Returns the DDPMStep of timesteps k [N], int64. Its fields are fp32 [N, 1, 1, 1]."""
-        fields = self.schedule[k].float().T                           # [fields, N]
-        return DDPMStep(*fields.reshape(-1, len(k), 1, 1, 1))
+        table = self.schedule[k].float()                              # [N, fields]
+        fields = [column.view(-1, 1, 1, 1) for column in table.unbind(1)]
+        return DDPMStep(*fields)
 
     def timestep(self, t):
         """Returns the timesteps [N] of times t [N], which are interpolated in log-SNR."""
@@ -870,8 +874,8 @@ def forward_flops(config, call="forward", **options):
     return counter.get_total_flops()
 
 
-# bytes that a forward pass keeps for the backward pass, for every token, channel and block
-# (precision, compiled): bytes
+# KEPT[precision, compiled] is the number of bytes that the forward pass keeps for the backward
+# pass, for each channel of each token in each block
 KEPT = {("bf16", False): 50, ("bf16", True): 38, ("fp32", False): 82, ("fp32", True): 70}
 
 
@@ -880,10 +884,13 @@ def training_memory(config, images, precision, compiled=False, visible=1.0, grad
 
     precision: "bf16" or "fp32". visible: share of the patches that SD-DiT's student sees.
 
-    A parameter takes 16 bytes for the weight, Adam's two moments and the average, 2 more for
-    autocast's copy in bf16, and 4 for its gradient. Gradients come while the backward pass frees
-    what the blocks keep, so only the larger of the two counts. With gradients_stay both count,
-    because gradients are there before the pass: those of earlier micro-batches, or DDP's buckets.
+    A parameter takes
+        16 bytes for the weight, Adam's two moments and the average
+        2 bytes for autocast's copy, in bf16 only
+        4 bytes for its gradient
+    Gradients appear while the backward pass frees what the blocks have kept, so only the larger of
+    the two counts. With gradients_stay both count, because some gradients are there before the
+    pass begins: those of earlier micro-batches, or DDP's buckets.
     The constants are fitted to the peaks of PyTorch's allocator on a simulated GPU, for XL/2 at 256
     px with flash attention.
     """

@@ -141,11 +141,18 @@ class CachedFeatures(Dataset):
         self.shards = []  # for each file a dict of arrays, with a row for each view of an image
         for numbers in chunks(range(self.meta["count"]), self.meta["shard"]):
             tensors = open_shard(shard_file(path, numbers.start), self.meta)
-            tensors["labels"] = tensors["labels"].view(-1, 1).expand(-1, self.views)
-            self.shards.append({name: tensors[name].flatten(0, 1).numpy() for name in self.names})
+            labels = tensors["labels"].view(-1, 1)                   # [n, 1]
+            tensors["labels"] = labels.expand(-1, self.views)        # [n, V], as all others
+            arrays = {}
+            for name in self.names:
+                arrays[name] = tensors[name].flatten(0, 1).numpy()   # [n V, ...]
+            self.shards.append(arrays)
+
         lengths = [len(shard["labels"]) for shard in self.shards]
         self.starts = np.cumsum(lengths) - lengths  # the first item of each file
-        self.labels = np.concatenate([shard["labels"][:: self.views] for shard in self.shards])
+        # all views of an image have the same label: one of them is enough
+        labels = [shard["labels"][:: self.views] for shard in self.shards]
+        self.labels = np.concatenate(labels)
         self.meta["images"] = len(self.labels)
         classes = range(len(self.meta["classes"]))
         self.meta["empty_classes"] = np.setdiff1d(classes, self.labels).tolist()

@@ -27,8 +27,8 @@ If REF is small, so are its parts. Then their FID is too high, and good samples 
     precision  arXiv 1904.06991   share of the samples inside the manifold of the reference
     recall     arXiv 1904.06991   share of the reference inside the manifold of the samples
     MIND       arXiv 2605.06797   3 D mean(W2^2) of the features, projected onto 1,000 random lines
-ADM is evaluations/evaluator.py of openai/guided-diffusion. MIND's authors find that 5,000 samples
-do for it what 50,000 do for FID.
+ADM is evaluations/evaluator.py of openai/guided-diffusion. MIND's authors find that it needs 5,000
+samples where FID needs 50,000.
 
 With --features NAME, `fid` is FD: the same distance of another network's features. Its statistics
 in an .npz are named after it: mu_dinov2, sigma_dinov2. FDr^6 (arXiv 2604.28190) is the mean, over
@@ -206,7 +206,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     sigma1 = as_float64(sigma1)
     sigma2 = as_float64(sigma2)
     d = len(mu1)
-    if not mu1.shape == mu2.shape == (d,) or not sigma1.shape == sigma2.shape == (d, d):
+    means_fit = mu1.shape == mu2.shape == (d,)
+    covariances_fit = sigma1.shape == sigma2.shape == (d, d)
+    if not (means_fit and covariances_fit):
         raise ValueError(
             f"frechet_distance needs mu [D] and sigma [D, D], got {list(mu1.shape)},"
             f" {list(sigma1.shape)} and {list(mu2.shape)}, {list(sigma2.shape)}"
@@ -218,7 +220,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     # is inexact for fewer images than D.
     values, vectors = torch.linalg.eigh(sigma1)
     rounding_error = values[-1].clamp(min=0) * d * torch.finfo(torch.float64).eps
-    keep = values > rounding_error  # the roots of the others would add up
+    # The other eigenvalues are 0 but for rounding. Their roots are larger, and would add up.
+    keep = values > rounding_error
     R = vectors[:, keep] * values[keep].sqrt()                        # [D, rank of S1]
     eigenvalues = torch.linalg.eigvalsh(R.T @ sigma2 @ R)             # [rank of S1]
     root_trace = eigenvalues.clamp(min=0).sqrt().sum()
@@ -319,10 +322,13 @@ def monge_distance(reference, samples, lines=1000):
     directions = torch.nn.functional.normalize(directions)            # [lines, D]
 
     # In one dimension the best transport joins the i-th smallest numbers of both sets.
+    reference, samples = sets
     total = 0
     for block in directions.split(50):  # 50 lines of 50,000 images take 10 MB
-        ours, theirs = [(block @ x.T).sort().values for x in sets]    # [50, n]
-        total += (ours - theirs).square().mean(1).double().sum().item()
+        sorted_reference = (block @ reference.T).sort().values        # [50, n]
+        sorted_samples = (block @ samples.T).sort().values
+        squared_w2 = (sorted_reference - sorted_samples).square().mean(1)  # [50]
+        total += squared_w2.double().sum().item()
     return 3 * d * total / lines
 
 

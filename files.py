@@ -135,8 +135,11 @@ def restore(checkpoint, objective, ema, optimizer):
 
 # A resumed run may change these flags: paths and intervals, the length of the run, and how its work
 # is divided. (Only L_div of DiverseDiT depends on the micro-batch, over which it averages.)
-FREE_FLAGS = {"data", "out", "digits", "log_every", "sample_every", "save_every", "keep_every"}
-FREE_FLAGS |= {"steps", "workers", "compile", "micro_batch"}
+FREE_FLAGS = {
+    *("data", "out", "digits"),
+    *("log_every", "sample_every", "save_every", "keep_every"),
+    *("steps", "workers", "compile", "micro_batch"),
+}
 # It may also change these, to rescue a run without finite gradients. The change is printed.
 RESCUE_FLAGS = {"lr", "clip", "precision"}
 
@@ -148,26 +151,18 @@ def read_run(args, data, script):
     Raises UserError if the folder holds another run or other files.
     """
     folder = Path(args.out)
-    if folder.is_file():
-        raise UserError(f"--out {folder}: is a file; choose a folder")
     if not (folder / "last.pt").exists():
-        names = {path.name for path in folder.glob("[!.]*")}
-        foreign = {name for name in names if not name.endswith((".png", ".npz", ".tmp"))}
-        if "run.json" in names:  # a run that ended before its first checkpoint
-            foreign -= {"run.json", "log.jsonl"}
-        if foreign:
-            raise UserError(
-                f"--out {folder} holds other files ({min(foreign)}); choose another --out"
-            )
+        refuse_other_files(folder)
         return None
 
     checkpoint = read_checkpoint(folder, resume=True)
     step = checkpoint["step"]
     there = {"script": checkpoint["script"], **checkpoint["args"]}
     here = {"script": Path(script).name, **vars(args)}
-    difference = first_difference(there, here, FREE_FLAGS | RESCUE_FLAGS)
-    difference = difference or first_difference(checkpoint["data"], data)
-    if difference:
+    other_flag = first_difference(there, here, FREE_FLAGS | RESCUE_FLAGS)
+    other_data = first_difference(checkpoint["data"], data)
+    if other_flag or other_data:
+        difference = other_flag or other_data
         raise UserError(f"{folder} holds another run: {difference}; choose another --out")
     for flag in sorted(RESCUE_FLAGS):
         if there[flag] != here[flag]:
@@ -175,6 +170,18 @@ def read_run(args, data, script):
     if checkpoint["code"] != file_hash(script):
         print(f"the code of {Path(script).name} changed since step {step}")
     return checkpoint
+
+
+def refuse_other_files(folder):
+    """Raises UserError if the folder of a new run holds files, except pictures and .npz files."""
+    if folder.is_file():
+        raise UserError(f"--out {folder}: is a file; choose a folder")
+    names = {path.name for path in folder.glob("[!.]*")}
+    foreign = {name for name in names if not name.endswith((".png", ".npz", ".tmp"))}
+    if "run.json" in names:  # a run that ended before its first checkpoint
+        foreign -= {"run.json", "log.jsonl"}
+    if foreign:
+        raise UserError(f"--out {folder} holds other files ({min(foreign)}); choose another --out")
 
 
 def start_run(args, step, world, model):
@@ -303,18 +310,17 @@ class TrainingLog:
         """Returns the row of the interval that ends after this step. All processes must call it.
 
         A mean is None if no step was finite. Raises UserError after 100 steps in a row without a
-        finite gradient, or if the run never had one.
+        finite gradient, or if a new run never had one.
         """
         if self.bad_in_a_row >= min(100, step):
             self.bar.close()
             raise UserError(f"step {step}: {self.explain_bad()}")
         if dist.is_initialized():
             dist.all_reduce(self.sums)
-        sums = dict(zip([*self.names, "count"], self.sums.tolist(), strict=True))
-        count = sums.pop("count")  # of finite steps, over all processes
-        means = dict.fromkeys(sums)
-        if count:
-            means = {name: total / count for name, total in sums.items()}
+        *sums, count = self.sums.tolist()  # count: of finite steps, over all processes
+        means = {}
+        for name, total in zip(self.names, sums, strict=True):
+            means[name] = total / count if count else None
         interval = step - self.interval_step
         seconds = time.perf_counter() - self.interval_clock
         rate = interval * self.args.batch_size / seconds
@@ -343,11 +349,12 @@ class TrainingLog:
                 f"cannot write {self.path} ({error.strerror});"
                 " free some space and run the same command again"
             )
-        # the denoising loss of the method; a new method may have only "loss"
-        shown = next(name for name in ("loss_fm", "loss_edm", "loss_noise", "loss") if name in row)
-        if row[shown] is None:
-            text = "no finite gradient"
-        else:
+        shown = "loss"
+        for name in ("loss_fm", "loss_edm", "loss_noise"):  # the denoising loss of a method
+            if name in row:
+                shown = name
+        text = "no finite gradient"
+        if row[shown] is not None:
             text = f"{shown} {row[shown]:.4f}"
         text += f", {row['img_per_s']:.0f} img/s"
         if row["skipped"]:
@@ -358,11 +365,13 @@ class TrainingLog:
 
     def explain_bad(self):
         """Returns a text about the newest steps, whose gradients were not finite."""
-        pairs = zip(self.names, self.last.tolist(), strict=True)
-        values = ", ".join(f"{name} {value:.3g}" for name, value in pairs)
+        values = []
+        for name, value in zip(self.names, self.last.tolist(), strict=True):
+            values.append(f"{name} {value:.3g}")
         return (
             f"no finite gradient in the last {int(self.bad_in_a_row)} steps, which were skipped"
-            f" ({values}); run the same command again with a lower --lr, or with --precision fp32"
+            f" ({', '.join(values)}); run the same command again with a lower --lr, or with"
+            " --precision fp32"
         )
 
     def finish(self, step):
@@ -379,7 +388,8 @@ class TrainingLog:
         folder = self.path.parent
         text = f"{folder} is at step {step}"
         if any(folder.glob("samples-*.png")):
-            text += f"; pictures: {folder}/samples-*.png{note_on_average(self.args.ema, step)}"
+            text += f"; pictures: {folder}/samples-*.png"
+            text += note_on_average(self.args.ema, step)
         print(text)
 
 
@@ -503,22 +513,7 @@ def from_official(content, official=None):
     four, the file is REPA's if it holds projectors; otherwise `official` must be "repa" or "sit".
     Raises ValueError for others.
     """
-    state = content.get("ema", content.get("model", content))
-    weights = {}
-    for name, value in state.items():
-        name = name.removeprefix("module.").removeprefix("_orig_mod.")
-        if not name.startswith("projectors."):
-            weights[name] = value.float()
-    is_repa = len(weights) < len(state)  # it has projectors
-
-    # older files of REPA: the blocks behind the aligned one are called decoder_blocks
-    aligned_depth = sum(name.startswith("blocks.") and "qkv.weight" in name for name in weights)
-    for name in list(weights):
-        if name.startswith("decoder_blocks."):
-            _, i, rest = name.split(".", 2)
-            weights[f"blocks.{int(i) + aligned_depth}.{rest}"] = weights.pop(name)
-            is_repa = True
-
+    weights, is_repa = official_weights(content)
     width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
     side = math.isqrt(weights["pos_embed"].shape[1]) * patch
     heads_of_width = {size[1]: size[2] for size in dit.SIZES.values()}
@@ -554,6 +549,25 @@ def from_official(content, official=None):
     }
 
 
+def official_weights(content):
+    """Returns the weights of an official file under our names, and whether REPA surely wrote it."""
+    state = content.get("ema", content.get("model", content))
+    weights = {}
+    for name, value in state.items():
+        name = name.removeprefix("module.").removeprefix("_orig_mod.")
+        if not name.startswith("projectors."):
+            weights[name] = value.float()
+    has_projectors = len(weights) < len(state)
+
+    # older files of REPA: the blocks behind the aligned one are called decoder_blocks
+    aligned_depth = sum(name.startswith("blocks.") and "qkv.weight" in name for name in weights)
+    old_names = [name for name in weights if name.startswith("decoder_blocks.")]
+    for name in old_names:
+        _, i, rest = name.split(".", 2)
+        weights[f"blocks.{int(i) + aligned_depth}.{rest}"] = weights.pop(name)
+    return weights, has_projectors or bool(old_names)
+
+
 def convert_last_layer(weights, patch, channels, without_variances):
     """Makes the last layer predict what ours predicts. Returns the origin: repa, sit or dit.
 
@@ -561,11 +575,17 @@ def convert_last_layer(weights, patch, channels, without_variances):
     has none. Raises ValueError if that is not known.
     """
     names = ("final_layer.linear.weight", "final_layer.linear.bias")
-    last = {name: weights[name].unflatten(0, (patch**2, -1, channels)) for name in names}
-    if last[names[0]].shape[1] == 1:
+    last = {}
+    for name in names:
+        # the second axis is the kind of output: 0 is the prediction, 1 the variance
+        last[name] = weights[name].unflatten(0, (patch**2, -1, channels))
+    kinds = last["final_layer.linear.weight"].shape[1]
+    if kinds == 1:
         origin = without_variances
+    elif any(value[:, 1].any() for value in last.values()):
+        origin = "dit"  # its variances are trained
     else:
-        origin = "dit" if any(value[:, 1].any() for value in last.values()) else "sit"
+        origin = "sit"
     if origin is None:
         raise ValueError(
             "it may be REPA's or SiT's: sample.py needs --official repa or sit, --init a file of"
@@ -951,14 +971,14 @@ def program(script, args):
 
 
 def is_given(path, args):
-    """Returns whether a path is among the arguments, or below one of them, or above it."""
+    """Returns whether a path is an argument, or above one, or begins like one (out.npz.partial)."""
     if not isinstance(path, str):
         return False
-    path = Path(path).absolute()
+    path = os.path.abspath(path)
     for value in vars(args).values():
         if isinstance(value, (str, Path)):
-            given = Path(value).absolute()
-            if path.is_relative_to(given) or given.is_relative_to(path):
+            given = os.path.abspath(value)
+            if path.startswith(given) or given.startswith(path):
                 return True
     return False
 

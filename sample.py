@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 sample.py runs/repa --num-images 50000 --sampler sde --steps 250 \\
         --cfg 1.8 --interval 0 0.7 --out samples.npz
 
-Image i depends on (seed, i) alone, not on the batch size or the number of processes. Run a killed
-command again to continue it.
+The noise of image i depends on (seed, i) alone, not on the batch size or the number of processes.
+(Another batch size may round an image differently.) Run a killed command again to continue it.
 
     flow matching   x_t = (1 - t) x + t eps, t = 0 is data and t = 1 is noise (arXiv 2410.06940)
                     the network predicts v = eps - x
@@ -184,14 +184,15 @@ def guided(
 ):
     """Returns the function (x, t) -> v of a model for classes y [N], guided if t is in `interval`.
 
-    Guidance turns v into v_weak + scale (v - v_weak). c is the control [N, 7], if there is one:
-        classifier-free guidance       v = model(y, c)    v_weak = model(null, c)
-        autoguidance (2406.02507)      v = model(y, c)    v_weak = guide(y, c), of a weaker model
-        control guidance (2411.03177)  v = model(y, 0) + control_scale (model(y, c) - model(y, 0))
-                                       v_weak = model(null, 0), and a control of zeros means none
-    Without a control_scale, a scale of 1 or less means no guidance. EDM's denoiser is affine in F,
-    so guiding F guides it. With predict_noise (for ddpm), v is the noise, and the channels for the
-    variance are those of model(y, c).
+    Guidance turns v into v_weak + scale (v - v_weak). control is None or [N, 7]; zeros mean none.
+        classifier-free guidance       v = model(y, control)    v_weak = model(null, control)
+        autoguidance (2406.02507)      v = model(y, control)    v_weak = guide(y, control)
+        control guidance (2411.03177)  v = v_0 + control_scale (model(y, control) - v_0)
+                                       v_0 = model(y, zeros)    v_weak = model(null, zeros)
+    null is the null class, and guide a weaker model. There is no guidance if the scale is at most 1
+    and control_scale is None. With an SDDiT, v is F: EDM's denoiser is affine in F, so guiding F
+    guides the denoiser. With predict_noise (for ddpm), v is the noise. The channels for the
+    variance are not guided: they are those of model(y, control).
     paper: the formula of 2411.03177 was not available / here: reconstructed from its two scales.
     official code: DiT and SiT guide three of four channels (DiT#41) / here: all, as in REPA.
     official code: Heun's second evaluation is guided if the step starts inside the interval / here:
@@ -202,30 +203,33 @@ def guided(
     unguided = scale <= 1 and control_scale is None
     predict = model.predict_at if predict_noise else model
 
+    def terms(x, t):
+        """Returns v and v_weak of the table above, and model(y, control)."""
+        if guide is not None:
+            predict_weak = guide.predict_at if predict_noise else guide
+            v = predict(x, t, y, control=control)
+            v_weak = predict_weak(x, t, y, control=control)
+            return v, v_weak, v
+        if control_scale is None:
+            controls = [control, control]
+            v, v_weak = predict_copies(predict, x, t, [y, null], controls)
+            return v, v_weak, v
+        zeros = torch.zeros_like(control)
+        classes = [y, y, null]
+        controls = [control, zeros, zeros]
+        full, v_0, v_weak = predict_copies(predict, x, t, classes, controls)
+        v = v_0 + control_scale * (full - v_0)
+        return v, v_weak, full
+
     def velocity(x, t):
         x = x.float()
-        inside = low <= t <= high
         t_rows = torch.full((len(x),), t, device=x.device)            # [N]
-        if unguided or not inside:
+        if unguided or not low <= t <= high:
             return predict(x, t_rows, y, control=control)
-        if guide is not None:
-            v_full = predict(x, t_rows, y, control=control)
-            predict_weak = guide.predict_at if predict_noise else guide
-            v_weak = predict_weak(x, t_rows, y, control=control)
-        elif control_scale is None:
-            controls = [control, control]
-            v_full, v_weak = predict_copies(predict, x, t_rows, [y, null], controls)
-        else:
-            zeros = torch.zeros_like(control)  # no control
-            classes = [y, y, null]
-            controls = [control, zeros, zeros]
-            v_full, v_class, v_weak = predict_copies(predict, x, t_rows, classes, controls)
-        v = v_full
-        if control_scale is not None:
-            v = v_class + control_scale * (v_full - v_class)
+        v, v_weak, full = terms(x, t_rows)
         v = v_weak + scale * (v - v_weak)
         C = x.shape[1]  # for DDPM, the channels for the variance come after these
-        return torch.cat([v[:, :C], v_full[:, C:]], dim=1)
+        return torch.cat([v[:, :C], full[:, C:]], dim=1)
 
     return velocity
 
@@ -279,22 +283,26 @@ def generate(model, indices, y, sampler=None, steps=None, seed=0, control=None, 
         eps = [generator.standard_normal(shape, np.float32) for generator in generators]
         return torch.from_numpy(np.stack(eps)).to(device)             # [N, C, H, W]
 
+    y = y.to(device)
     if control is not None:
         control = control.to(device)
-    guidance = {"y": y.to(device), "control": control, **guidance}
-    if sampler == "edm":
-        return edm_heun(edm_denoiser(guided(model, **guidance)), noise(), times)
-    if sampler == "ddpm":
-        return ddpm(guided(model, predict_noise=True, **guidance), noise(), times, noise)
     if sampler == "mean":
-        return mean_flow(mean_velocity(model, **guidance), noise(), times)
+        u = mean_velocity(model, y, control=control, **guidance)
+        return mean_flow(u, noise(), times)
+    if sampler == "ddpm":
+        eps_and_mix = guided(model, y, control=control, predict_noise=True, **guidance)
+        return ddpm(eps_and_mix, noise(), times, noise)
+    network = guided(model, y, control=control, **guidance)  # predicts v, or F for an SDDiT
+    if sampler == "edm":
+        return edm_heun(edm_denoiser(network), noise(), times)
 
-    # the standard deviation of x_t = (1 - t) x + t eps if that of x is 1. At t = 1 it is 1, but a
-    # NoiseDiT starts a little below, at t = 0.9937
-    start = noise() * math.hypot(1 - times[0], times[0])
+    # x_t = (1 - t) x + t eps has the standard deviation hypot(1 - t, t) if x has 1. At t = 1 this
+    # is 1, but a NoiseDiT starts a little below, at t = 0.9937
+    first = times[0].item()
+    start = noise() * math.hypot(1 - first, first)
     if sampler == "sde":
-        return flow_sde(guided(model, **guidance), start, times, noise)
-    return flow_ode(guided(model, **guidance), start, times, heun=sampler == "heun")
+        return flow_sde(network, start, times, noise)
+    return flow_ode(network, start, times, heun=sampler == "heun")
 
 
 def choose_sampler(model, sampler=None, steps=None):
@@ -691,7 +699,11 @@ def check_guidance(args, model, trained, control, sampler):
             raise UserError(
                 "--control-cfg: needs training with --control and --control-drop, and no --guide"
             )
-    null_weight = 1 - trained.get("omega", 1) - trained.get("kappa", 0)  # see train_meanflow.py
+    # the weight of the null class in MeanFlow's target. It is 0 if the target was not guided. Other
+    # methods do not have these flags
+    omega = trained.get("omega", 1)
+    kappa = trained.get("kappa", 0)
+    null_weight = 1 - omega - kappa
     if args.cfg > 1 and abs(null_weight) > 1e-6:
         raise UserError(
             f"--cfg {args.cfg:g}: this model was trained towards guided samples (--omega, --kappa),"
@@ -775,7 +787,7 @@ def parse_args(argv=None):
         help="size, crop and flip: empirical draws those of a training image of the class, fixed"
         " is a whole image of 512 x 512 pixels, none leaves them open; or h0,w0,top,left,h,w,flip")
     add("--seed", type=files.seed_number, default=0,
-        help="image i depends on the seed and i alone")
+        help="the noise of image i depends on the seed and i alone")
 
     add = parser.add_argument_group("sampler and guidance").add_argument
     add("--sampler", choices=["ode", "heun", "sde", "mean", "ddpm", "edm"],

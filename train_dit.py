@@ -3,7 +3,7 @@
     x_k = alpha_k x + sigma_k eps,   k ~ U{0, .., 999}      k = 0 is nearly data, k = 999 is noise
     L        = L_simple + L_vb  (+ lambda L_repa)
     L_simple = |e(x_k, k, y) - eps|^2                       mean over batch, channels and pixels
-    L_vb     = KL(q || p) / ln 2, and - log2 p(x) if k = 0  the same mean, in bits (2102.09672)
+    L_vb     = KL(q || p) / ln 2, but - log2 p(x) if k = 0  the same mean, in bits (2102.09672)
     q = N(c1 x + c2 x_k, beta_tilde)                        x_l given x and x_k, for l = k - 1
     p = N(c1 x_e + c2 x_k, beta^f beta_tilde^(1 - f))       the model's: x_e for x, own variance
     x_e = (x_k - sigma_k e) / alpha_k,  f = (mix(x_k, k, y) + 1) / 2
@@ -416,17 +416,19 @@ def train(args):
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 losses = ddp_objective(**part)
             (losses["loss"] / accumulation).backward()
-            values = torch.stack([value.detach() for value in losses.values()])
-            step_losses = step_losses + values / accumulation
+            micro_losses = torch.stack([loss.detach() for loss in losses.values()])
+            step_losses = step_losses + micro_losses / accumulation
 
         # 3. optimiser step
-        lr = args.lr * min((step + 1) / max(args.warmup, 1), 1)
+        warmed = min((step + 1) / max(args.warmup, 1), 1)  # rises to 1 over the warm-up
+        lr = args.lr * warmed
         for group in optimizer.param_groups:
             group["lr"] = lr
         grad_norm = nn.utils.clip_grad_norm_(objective.parameters(), args.clip or np.inf)
-        # skips a step whose gradient is not finite: fused AdamW reads this flag, which is
-        # GradScaler's. With an `if`, the CPU would have to wait for the GPU
-        optimizer.found_inf = (~grad_norm.isfinite()).float()
+        # fused AdamW changes nothing if found_inf is 1 (a flag that GradScaler sets, too). So a
+        # step without a finite gradient is skipped. An `if` would make the CPU wait for the GPU
+        not_finite = ~grad_norm.isfinite()
+        optimizer.found_inf = not_finite.float()
         optimizer.step()
         optimizer.zero_grad()
         update_ema(ema, model, args.ema)

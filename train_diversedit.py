@@ -175,10 +175,13 @@ def diversity_loss(tokens, terms=TERMS):
 
     Returns the mean of the `terms`, and a dict of all three: L_orth in [-1, 1], L_MI in [0, 1],
     L_disp in [-1, 0].
-    paper: L_MI is a signed mean / official code, here: the absolute value of each pair's mean.
-    paper: L_disp has no |.| and no scale / official code, here: |.|, / max u, / 0.25 and the clip,
-    which never acts, because the variance of numbers in [0, 1] is at most 1/4.
-    official code: ten fixed pairs, and L_disp of all blocks / paper, here: the m blocks drawn.
+    paper: L_MI is a signed mean / official code: it takes the absolute value of each pair's mean /
+    here: as in the code.
+    paper: L_disp has no |f| and no scale / official code: it takes |f|, divides u by its maximum
+    and the variance by 0.25, and clips / here: as in the code. The clip never acts, because the
+    variance of numbers in [0, 1] is at most 1/4.
+    paper: all terms use the m blocks drawn / official code: it uses ten fixed pairs for L_orth and
+    L_MI, and all blocks for L_disp / here: as in the paper.
     """
     with torch.autocast(tokens.device.type, enabled=False):
         f = tokens.float().flatten(1, 2)                             # [m, N T, D]
@@ -220,7 +223,7 @@ def mean_over_ranks(loss):
         return loss
     mean = loss.detach() / dist.get_world_size()
     dist.all_reduce(mean)
-    return loss + (mean - loss.detach())  # the bracket has no gradient
+    return mean + (loss - loss.detach())  # the bracket is 0, but it has the gradient of the loss
 
 
 def gated_diversity_loss(tokens, terms=TERMS, band=(0.1, 0.5)):
@@ -241,24 +244,29 @@ def choose_blocks(seed, step, depth, m):
     return (rng.choice(depth, m, replace=False) + 1).tolist()
 
 
+def check_options(args, depth):
+    """Raises UserError if the flags of L_div do not fit each other or the `depth` of the model."""
+    low, high = args.div_gate
+    if args.div_blocks and args.div_blocks > depth:
+        raise UserError(f"--div-blocks {args.div_blocks}: the model has {depth} blocks")
+    if low >= high:
+        raise UserError(f"--div-gate {low} {high}: the first number must be the smaller one")
+    if args.div_terms == ["disp"] and low >= 0:
+        raise UserError("--div-terms disp: never opens this gate; add --div-gate -2 -1")
+
+
 class Objective(nn.Module):
     """Holds the model, the training-only heads and the loss: DDP wraps them as one module."""
 
     def __init__(self, model, args, meta):
         super().__init__()
+        depth = len(model.blocks)
+        check_options(args, depth)
         self.model = model
+        self.time_normal = args.time_normal
         self.terms = args.div_terms
         self.band = args.div_gate
-        depth = len(model.blocks)
         self.num_blocks = args.div_blocks or min(10, depth)
-        low, high = self.band
-        if self.num_blocks > depth:
-            raise UserError(f"--div-blocks {self.num_blocks}: the model has {depth} blocks")
-        if low >= high:
-            raise UserError(f"--div-gate {low} {high}: the first number must be the smaller one")
-        if self.terms == ["disp"] and low >= 0:
-            raise UserError("--div-terms disp: never opens this gate; add --div-gate -2 -1")
-        self.time_normal = args.time_normal
         self.repa_weight = args.repa_weight
         self.alignment = None
         if self.repa_weight > 0:
@@ -516,17 +524,19 @@ def train(args):
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 losses = ddp_objective(**part)
             (losses["loss"] / accumulation).backward()
-            values = torch.stack([value.detach() for value in losses.values()])
-            step_losses = step_losses + values / accumulation
+            micro_losses = torch.stack([loss.detach() for loss in losses.values()])
+            step_losses = step_losses + micro_losses / accumulation
 
         # 3. optimiser step
-        lr = args.lr * min((step + 1) / max(args.warmup, 1), 1)
+        warmed = min((step + 1) / max(args.warmup, 1), 1)  # rises to 1 over the warm-up
+        lr = args.lr * warmed
         for group in optimizer.param_groups:
             group["lr"] = lr
         grad_norm = nn.utils.clip_grad_norm_(objective.parameters(), args.clip or np.inf)
-        # skips a step whose gradient is not finite: fused AdamW reads this flag, which is
-        # GradScaler's. With an `if`, the CPU would have to wait for the GPU
-        optimizer.found_inf = (~grad_norm.isfinite()).float()
+        # fused AdamW changes nothing if found_inf is 1 (a flag that GradScaler sets, too). So a
+        # step without a finite gradient is skipped. An `if` would make the CPU wait for the GPU
+        not_finite = ~grad_norm.isfinite()
+        optimizer.found_inf = not_finite.float()
         optimizer.step()
         optimizer.zero_grad()
         update_ema(ema, model, args.ema)

@@ -3,7 +3,7 @@
     x_t = (1 - t) x + t eps                                 t = 0 is data, t = 1 is noise
     v(x_t, t) = mean of eps - x over all x, eps at x_t      a path solves dx_t/dt = v
     (t - r) u(x_t, r, t) = integral of v from r to t        u is the mean of v along the path
-    u + (t - r) du/dt = v                                   the same, differentiated by t
+    u + (t - r) du/dt = v                                   the same, differentiated in t
     u = v - (t - r) du/dt                                   the MeanFlow identity
     du/dt = (d_x u) v + d_t u                               x moves with v, and r stays
 
@@ -212,6 +212,18 @@ def adaptive_loss(u, target, power=1.0, c=0.01):
     return (weight * error).mean(), squares.mean(1)
 
 
+def check_options(args, null_weight, label_drop):
+    """Raises UserError for an empty --guide-interval, and for guidance without a null class."""
+    low, high = args.guide_interval
+    if low >= high:
+        raise UserError(f"--guide-interval {low} {high}: the lower time comes first")
+    if null_weight and not label_drop:
+        raise UserError(
+            f"--omega {args.omega} --kappa {args.kappa}: guidance needs a null class;"
+            " use --label-drop above 0, or --omega 1 --kappa 0"
+        )
+
+
 class Objective(nn.Module):
     """Holds the model, the training-only heads and the loss: DDP wraps them as one module."""
 
@@ -226,16 +238,9 @@ class Objective(nn.Module):
         self.null_weight = round(1 - args.omega - args.kappa, 6)
         self.guide_interval = args.guide_interval
         self.num_blocks = min(10, len(model.blocks))
-        dropped = model.y_embedder.dropout_prob
-        self.share_below = min(1 - args.flow_ratio, 1 - dropped)  # the rows with r < t
-        low, high = args.guide_interval
-        if low >= high:
-            raise UserError(f"--guide-interval {low} {high}: the lower time comes first")
-        if self.null_weight and not dropped:
-            raise UserError(
-                f"--omega {args.omega} --kappa {args.kappa}: guidance needs a null class;"
-                " use --label-drop above 0, or --omega 1 --kappa 0"
-            )
+        label_drop = model.y_embedder.dropout_prob
+        self.share_below = min(1 - args.flow_ratio, 1 - label_drop)  # the rows with r < t
+        check_options(args, self.null_weight, label_drop)
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # of torch's own jvp
 
     def forward(
@@ -296,6 +301,10 @@ class Objective(nn.Module):
     @torch.no_grad()
     def target_of_rows(self, rows, v_tilde, x_t, r, t, y, control):
         """Returns u_tgt [M, C, H, W] of rows with r < t, none of which has lost its label."""
+        v_tilde = v_tilde[rows]                                      # [M, C, H, W]
+        x_t = x_t[rows]
+        r = r[rows]                                                  # [M]
+        t = t[rows]
         y = y[rows]
         if control is not None:
             control = control[rows]
@@ -306,10 +315,10 @@ class Objective(nn.Module):
         # jvp has no formula for fused attention. It cannot pass compiled blocks either: without
         # force_eager, they would silently stay uncompiled for the rest of the run
         with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
-            dx_dt = v_tilde[rows]  # x moves with v~
+            dx_dt = v_tilde  # x moves with v~
             if self.tangent == "model":
-                dx_dt = u(x_t[rows], t[rows], t[rows]).float()
-            return mean_flow_target(u, x_t[rows], r[rows], t[rows], v_tilde[rows], dx_dt)
+                dx_dt = u(x_t, t, t).float()
+            return mean_flow_target(u, x_t, r, t, v_tilde, dx_dt)
 
     def flops(self, config):
         """Returns the FLOPs of a training step per image.
@@ -391,10 +400,10 @@ def draw_noise(args, model, mine, step, device):
     # >>> meanflow
     noise["other_uniform"] = rand(args.batch_size)
     # official code: the first rows have r = t, and the first of these lose their labels / here:
-    # random rows do. In both, a row with r < t keeps its label: so the share 1 - flow_ratio of all
-    # rows is drawn among those that keep it
+    # random rows do. In both, a row with r < t keeps its label. So rows that keep it have r < t
+    # with the probability (1 - flow_ratio) / kept: then the share of all rows is 1 - flow_ratio
     kept = 1 - model.y_embedder.dropout_prob
-    below = rand(args.batch_size) * kept < 1 - args.flow_ratio
+    below = kept * rand(args.batch_size) < 1 - args.flow_ratio
     noise["r_below_t"] = below & ~noise["drop"]
     # <<< meanflow
     return {name: value[mine] for name, value in noise.items()}
@@ -526,17 +535,19 @@ def train(args):
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 losses = ddp_objective(**part)
             (losses["loss"] / accumulation).backward()
-            values = torch.stack([value.detach() for value in losses.values()])
-            step_losses = step_losses + values / accumulation
+            micro_losses = torch.stack([loss.detach() for loss in losses.values()])
+            step_losses = step_losses + micro_losses / accumulation
 
         # 3. optimiser step
-        lr = args.lr * min((step + 1) / max(args.warmup, 1), 1)
+        warmed = min((step + 1) / max(args.warmup, 1), 1)  # rises to 1 over the warm-up
+        lr = args.lr * warmed
         for group in optimizer.param_groups:
             group["lr"] = lr
         grad_norm = nn.utils.clip_grad_norm_(objective.parameters(), args.clip or np.inf)
-        # skips a step whose gradient is not finite: fused AdamW reads this flag, which is
-        # GradScaler's. With an `if`, the CPU would have to wait for the GPU
-        optimizer.found_inf = (~grad_norm.isfinite()).float()
+        # fused AdamW changes nothing if found_inf is 1 (a flag that GradScaler sets, too). So a
+        # step without a finite gradient is skipped. An `if` would make the CPU wait for the GPU
+        not_finite = ~grad_norm.isfinite()
+        optimizer.found_inf = not_finite.float()
         optimizer.step()
         optimizer.zero_grad()
         update_ema(ema, model, args.ema)

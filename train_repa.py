@@ -6,7 +6,7 @@
     L_repa = - mean cos(h(tokens of block d), z)            mean over batch, tokens, encoders, d
 
     x    latent, drawn anew from the VAE's posterior        z       `targets`, of the clean image
-    eps  noise                                              h       `projectors`, an MLP per encoder
+    eps  noise                                              h       an MLP per d and encoder
     v    `model`, a DiT from dit.py                         d       --repa-depth, counted from 1
     y    class label, sometimes dropped (--label-drop)      lambda  --repa-weight (0: a plain SiT)
 
@@ -195,15 +195,12 @@ class Alignment(nn.Module):
 
     def forward(self, block_tokens, targets):
         """Returns L_repa. block_tokens: [N, T, D] of each block; targets [N, T, sum of E]."""
-        projectors = iter(self.projectors)
+        z = targets.split(self.target_widths, dim=-1)                # [N, T, E] of each encoder
         projected = []
-        z = []
-        for tokens in block_tokens:                                  # [N, T, D]
-            for encoder_tokens in targets.split(self.target_widths, dim=-1):
-                h = next(projectors)
-                projected.append(h(tokens))                          # [N, T, E]
-                z.append(encoder_tokens)                             # [N, T, E]
-        return repa_loss(projected, z)
+        for i, h in enumerate(self.projectors):  # for each block, one of each encoder
+            tokens = block_tokens[i // len(z)]                       # [N, T, D]
+            projected.append(h(tokens))                              # [N, T, E]
+        return repa_loss(projected, z * len(block_tokens))  # every block has the same targets
 
     def flops(self, num_tokens):
         """Returns the FLOPs of the forward pass for one image with num_tokens tokens."""
@@ -260,10 +257,11 @@ NEIGHBOURS = 10
 
 
 def cknna(f, g, k=NEIGHBOURS):
-    """Measures how well features f [n, D] and g [n, E] of n images agree (arXiv 2405.07987).
+    """Returns CKNNA: how well features f [n, D] and g [n, E] of n images agree (arXiv 2405.07987).
 
-    Entry (i, j) of a kernel is the cosine of images i and j, minus the mean of row i, but 0 if j is
-    not among the k nearest neighbours of i. Returns the cosine of the kernels: 1 if they agree.
+        A_ij = cos(f_i, f_j) - mean over l of cos(f_i, f_l)    if j is among the k nearest of i
+        A_ij = 0                                               otherwise; B is made of g likewise
+        CKNNA = sum over i, j of A_ij B_ij / (|A| |B|)         1 if f and g agree
     """
 
     def local_kernel(features):
@@ -274,10 +272,10 @@ def cknna(f, g, k=NEIGHBOURS):
         mask = torch.zeros_like(kernel).scatter(1, nearest, 1)
         return mask * (kernel - kernel.mean(1, keepdim=True))
 
-    # both kernels are zero outside the neighbours, so their product keeps the common neighbours
-    kernel_f = local_kernel(f)
-    kernel_g = local_kernel(g)
-    return ((kernel_f * kernel_g).sum() / (kernel_f.norm() * kernel_g.norm())).item()
+    a = local_kernel(f)
+    b = local_kernel(g)
+    agreement = (a * b).sum()  # only pairs that are neighbours in both count, the others are 0
+    return (agreement / (a.norm() * b.norm())).item()
 
 
 @torch.no_grad()
@@ -301,8 +299,8 @@ def mean_tokens(model, cache, batch, t):
 def report_cknna(model, cache, device):
     """Returns {"cknna": {t: [value by block]}} of mean tokens and mean targets of 256 fixed images.
 
-    The dict is empty if the cache has no targets or at most 10 images. It is also empty for int8
-    targets, which have lost the norms of the tokens: a mean over tokens needs them.
+    The dict is empty if the run reads no targets, or if there are at most 10 images. It is also
+    empty for int8 targets, which have lost the norms of the tokens: a mean over tokens needs them.
     """
     float_targets = "targets" in cache.names and cache.meta["target_dtype"] == "float16"
     if not float_targets or len(cache.labels) <= NEIGHBOURS:
@@ -491,17 +489,19 @@ def train(args):
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 losses = ddp_objective(**part)
             (losses["loss"] / accumulation).backward()
-            values = torch.stack([value.detach() for value in losses.values()])
-            step_losses = step_losses + values / accumulation
+            micro_losses = torch.stack([loss.detach() for loss in losses.values()])
+            step_losses = step_losses + micro_losses / accumulation
 
         # 3. optimiser step
-        lr = args.lr * min((step + 1) / max(args.warmup, 1), 1)
+        warmed = min((step + 1) / max(args.warmup, 1), 1)  # rises to 1 over the warm-up
+        lr = args.lr * warmed
         for group in optimizer.param_groups:
             group["lr"] = lr
         grad_norm = nn.utils.clip_grad_norm_(objective.parameters(), args.clip or np.inf)
-        # skips a step whose gradient is not finite: fused AdamW reads this flag, which is
-        # GradScaler's. With an `if`, the CPU would have to wait for the GPU
-        optimizer.found_inf = (~grad_norm.isfinite()).float()
+        # fused AdamW changes nothing if found_inf is 1 (a flag that GradScaler sets, too). So a
+        # step without a finite gradient is skipped. An `if` would make the CPU wait for the GPU
+        not_finite = ~grad_norm.isfinite()
+        optimizer.found_inf = not_finite.float()
         optimizer.step()
         optimizer.zero_grad()
         update_ema(ema, model, args.ema)

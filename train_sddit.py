@@ -282,9 +282,10 @@ class Objective(nn.Module):
         for name in ("cls_embedder", *decoder):
             delattr(self.teacher, name)  # the teacher only encodes, and this saves memory
         self.teacher_head = deepcopy(self.head).requires_grad_(False)
-        # the steps over which m rises: a buffer, so that a resumed run keeps its first number
+        # m rises over this many steps. A checkpoint holds the buffer, so a resumed run keeps the
+        # number of its first start, even if --steps has changed
         self.register_buffer("schedule_steps", torch.tensor(float(args.steps)))
-        self.total_steps = None  # schedule_steps as a Python number, see after_step
+        self.total_steps = None  # the same as a Python number, which after_step reads once
         self.register_buffer("centers", torch.zeros(2, len(self.head.prototypes)))  # CLS, patches
         self.register_buffer("cosine_sum", torch.zeros_like(self.centers), persistent=False)
 
@@ -328,33 +329,40 @@ class Objective(nn.Module):
         """Returns L_cls, L_patch and the monitors of collapse.
 
         student_tokens [N, 1 + V, D]: CLS and visible patches; teacher_tokens [N, 1 + T, D]: CLS and
-        all patches. From here on, `student` and `teacher` are features of the head.
+        all patches. f_student and f_teacher are the features that the heads make of them.
         """
         with torch.no_grad():
-            teacher = self.teacher_head(teacher_tokens)              # [N, 1 + T, B]
+            f_teacher = self.teacher_head(teacher_tokens)            # [N, 1 + T, B]
             # cosines are linear in the features, so the mean cosine is that of the mean feature
-            mean = torch.stack([teacher[:, 0].mean(0), teacher[:, 1:].mean((0, 1))])
-            self.cosine_sum += self.teacher_head.cosines(mean)
-        student = self.head(student_tokens)                          # [N, 1 + V, B]
-        index = visible.unsqueeze(2).expand(-1, -1, student.shape[2])
-        student_patches = student[:, 1:].flatten(0, 1)               # [M, B]
-        teacher_patches = teacher[:, 1:].gather(1, index).flatten(0, 1)  # the same patches
+            mean_cls = f_teacher[:, 0].mean(0)                       # [B]
+            mean_patch = f_teacher[:, 1:].mean((0, 1))
+            means = torch.stack([mean_cls, mean_patch])              # [2, B]
+            self.cosine_sum += self.teacher_head.cosines(means)
+        f_student = self.head(student_tokens)                        # [N, 1 + V, B]
+
+        # the two views are compared in CLS, and in the patches that both networks have seen
+        student_cls = f_student[:, 0]                                # [N, B]
+        teacher_cls = f_teacher[:, 0]
+        student_patches = f_student[:, 1:].flatten(0, 1)             # [M, B]
+        teacher_visible = f_teacher[:, 1:].take_along_dim(visible.unsqueeze(2), dim=1)
+        teacher_patches = teacher_visible.flatten(0, 1)              # [M, B]
 
         tau_t = teacher_temperature(step // self.epoch_steps, *self.tau_range)
         center_cls, center_patch = self.centers
-        loss_cls, cls = self.discriminate(student[:, 0], teacher[:, 0], center_cls, tau_t)
-        loss_patch, patch = self.discriminate(
+        loss_cls, cls_monitors = self.discriminate(student_cls, teacher_cls, center_cls, tau_t)
+        loss_patch, patch_monitors = self.discriminate(
             student_patches, teacher_patches, center_patch, tau_t
         )
+        deviation = student_patches.detach().std(0).mean()
         return {
             "loss_cls": loss_cls,
             "loss_patch": loss_patch,
-            **patch,  # teacher_entropy, batch_entropy, kl and prototypes_used of the patches
-            "cls_entropy": cls["teacher_entropy"],
+            **patch_monitors,  # teacher_entropy, batch_entropy, kl and prototypes_used
+            "cls_entropy": cls_monitors["teacher_entropy"],
             # equal to cls_entropy if every image has the same CLS assignment
-            "cls_batch_entropy": cls["batch_entropy"],
+            "cls_batch_entropy": cls_monitors["batch_entropy"],
             # 1 if the features spread over the sphere, 0 if they collapsed
-            "head_std": student_patches.detach().std(0).mean() * student.shape[2] ** 0.5,
+            "head_std": deviation * f_student.shape[2] ** 0.5,
         }
 
     def discriminate(self, student, teacher, center, tau_t, chunk=8192):
@@ -375,17 +383,18 @@ class Objective(nn.Module):
             used = torch.zeros_like(center).index_fill(0, p_teacher.argmax(-1), 1.0)
             return loss.sum(), entropy.sum(), p_teacher.sum(0), used
 
-        chunks = []
+        parts = []
         for pair in zip(student.split(chunk), teacher.split(chunk), strict=True):
-            chunks.append(recompute(sums, *pair, use_reentrant=False, preserve_rng_state=False))
-        loss, entropy, p_sum, used = (sum(values) for values in zip(*chunks, strict=True))
-        loss = loss / len(student)
-        entropy = entropy / len(student)
+            parts.append(recompute(sums, *pair, use_reentrant=False, preserve_rng_state=False))
+        losses, entropies, assignments, uses = zip(*parts, strict=True)
+        loss = sum(losses) / len(student)
+        entropy = sum(entropies) / len(student)
+        mean_assignment = sum(assignments) / len(student)            # [K]
         monitors = {
             "teacher_entropy": entropy.detach(),
-            "batch_entropy": torch.special.entr(p_sum / len(student)).sum(),
+            "batch_entropy": torch.special.entr(mean_assignment).sum(),
             "kl": (loss - entropy).detach(),
-            "prototypes_used": (used > 0).sum().float(),
+            "prototypes_used": (sum(uses) > 0).sum().float(),
         }
         return loss, monitors
 
@@ -615,11 +624,12 @@ def train(args):
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 losses = ddp_objective(**part)
             (losses["loss"] / accumulation).backward()
-            values = torch.stack([value.detach() for value in losses.values()])
-            step_losses = step_losses + values / accumulation
+            micro_losses = torch.stack([loss.detach() for loss in losses.values()])
+            step_losses = step_losses + micro_losses / accumulation
 
         # 3. optimiser step
-        lr = args.lr * min((step + 1) / max(args.warmup, 1), 1)
+        warmed = min((step + 1) / max(args.warmup, 1), 1)  # rises to 1 over the warm-up
+        lr = args.lr * warmed
         for group in optimizer.param_groups:
             group["lr"] = lr
         # >>> sddit
@@ -628,9 +638,10 @@ def train(args):
             objective.head.prototypes.grad = None
         # <<< sddit
         grad_norm = nn.utils.clip_grad_norm_(objective.parameters(), args.clip or np.inf)
-        # skips a step whose gradient is not finite: fused AdamW reads this flag, which is
-        # GradScaler's. With an `if`, the CPU would have to wait for the GPU
-        optimizer.found_inf = (~grad_norm.isfinite()).float()
+        # fused AdamW changes nothing if found_inf is 1 (a flag that GradScaler sets, too). So a
+        # step without a finite gradient is skipped. An `if` would make the CPU wait for the GPU
+        not_finite = ~grad_norm.isfinite()
+        optimizer.found_inf = not_finite.float()
         optimizer.step()
         optimizer.zero_grad()
         update_ema(ema, model, args.ema)

@@ -966,7 +966,7 @@ def test_bad_input(checkpoint, tmp_path):
         assert f"--{flag}: {value}" in complain(checkpoint, f"--{flag}", value).replace("'", "")
     assert "--control-cfg: -1" in complain(checkpoint, "--control-cfg", "-1")
     assert "--steps: 0" in complain(checkpoint, "--steps", 0)
-    assert "--num/--num-images: 0" in complain(checkpoint, "--num", 0)
+    assert "--num-images: 0" in complain(checkpoint, "--num", 0)
     assert "--out" in complain(checkpoint, out="out.png")
     (tmp_path / "there.npz").write_text("precious")
     assert "there.npz exists" in complain(checkpoint, out="there.npz")
