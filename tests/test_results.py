@@ -19,14 +19,14 @@ PAGES = ROOT / "tests" / "results"
 SPEC = importlib.util.spec_from_file_location("digits", PAGES / "digits.py")
 digits = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(digits)
-RESULTS = json.loads((PAGES / "digits.json").read_text())
+RESULTS = digits.complete(digits.committed().values())
 README = (ROOT / "README.md").read_text()
-PENDING = {"logit-normal", "irepa", "dit", "dit-repa", "meanflow", "meanflow-model", "meanflow-div"}
 
 
 def test_figures_are_complete():
     found = {(result["row"], result["seed"]) for result in RESULTS}
-    assert found == {(row, seed) for row in digits.ROWS.keys() - PENDING for seed in digits.SEEDS}
+    seeds = {seed for _, seed in found}
+    assert len(seeds) >= 4 and len(found) == len(digits.ROWS) * len(seeds)
     for result in RESULTS:
         assert [point["step"] for point in result["points"]] == list(digits.STEPS)
         assert all(0 <= point[key] <= 1 for point in result["points"] for key in ("accuracy", "recall"))
@@ -43,13 +43,6 @@ def test_the_tables_hold_the_figures():
     assert len(shown) >= 5
     for row, line in shown.items():
         assert line.endswith(" | ".join(["", *digits.summary(RESULTS, row), ""]).rstrip()), row
-
-
-def test_the_table_of_one_seed_holds_the_packed_runs():
-    page = (PAGES / "digits.md").read_text()
-    results = digits.packed_results()
-    if results:
-        assert digits.first_seed(results) in page and digits.one_seed_evaluations(results) in page
 
 
 def test_the_logs_hold_the_losses():
@@ -120,33 +113,41 @@ def test_a_row_runs_and_is_resumed(tmp_path, monkeypatch):
     assert (tmp_path / "samples.png").stat().st_size > 1000
 
 
-def test_runs_are_packed_and_unpacked(tmp_path, monkeypatch, capsys):
-    """Figures and logs of all runs, ten samples of the runs with the first seed; a second pack adds to it."""
-    monkeypatch.setattr(digits, "RUNS", tmp_path / "runs.zip")
+def test_a_report_adds_to_what_is_committed(tmp_path, monkeypatch):
+    """The figures and logs of new runs join the old ones; the tables show the seeds that are complete."""
+    rows = {"a": ("A", None, "train_repa.py"), "b": ("B", "a", "train_dit.py")}
+    monkeypatch.setattr(digits, "ROWS", rows)
     monkeypatch.setattr(digits, "HERE", tmp_path)
-    page = "before\n<!-- first seed -->\nold\n<!-- end of first seed -->\nafter\n"
-    (tmp_path / "digits.md").write_text(page)
-    for folder, name in (("a", "repa-2"), ("a", "repa-3"), ("b", "plain-2")):
-        run = tmp_path / folder / name
+    monkeypatch.setattr(digits, "RESULTS", tmp_path / "digits.json")
+    monkeypatch.setattr(digits, "LOGS", tmp_path / "logs.zip")
+    monkeypatch.setattr(digits, "draw_curves", lambda results, path: path.write_text(str(len(results))))
+    keys = ("accuracy", "fd", "mind", "precision", "recall", "loss", "seconds_per_step")
+    points = [{"step": step} | dict.fromkeys(keys, 0.25) for step in digits.STEPS]
+
+    def result(row, seed):
+        return {"row": row, "seed": seed, "floor": 0.1, "points": points, "probe": [0.5] * 6}
+
+    digits.RESULTS.write_text(json.dumps([result("a", 2), result("b", 2), result("a", 3)]))
+    with zipfile.ZipFile(digits.LOGS, "w") as archive:
+        archive.writestr("a-2.jsonl", "old")
+    (tmp_path / "digits.md").write_text("before\n<!-- tables -->\nold\n<!-- end of tables -->\nafter\n")
+    for row, seed in (("b", 3), ("a", 4)):
+        run = tmp_path / "runs" / f"{row}-{seed}"
         run.mkdir(parents=True)
-        points = [{"step": step, "accuracy": 0.25, "fd": 1.5} for step in digits.STEPS]
-        result = {"row": name.split("-")[0], "seed": int(name[-1]), "points": points}
-        (run / "result.json").write_text(json.dumps(result))
-        (run / "log.jsonl").write_text("log")
-        np.savez(run / "samples-1000.npz", arr_0=np.arange(20), arr_1=np.arange(20))
-    (tmp_path / "a" / "sddit-2").mkdir()  # not done
-    for folder in ("a", "b"):
-        digits.main(["--pack", "--out", str(tmp_path / folder)])
-    assert "3 runs" in capsys.readouterr().out
-    digits.unpack(tmp_path / "new")
-    assert {path.name for path in (tmp_path / "new").iterdir()} == {"repa-2", "repa-3", "plain-2"}
-    assert json.loads((tmp_path / "new" / "plain-2" / "result.json").read_text())["row"] == "plain"
+        (run / "result.json").write_text(json.dumps(result(row, seed)))
+        (run / "log.jsonl").write_text("new")
+    digits.report(tmp_path / "runs")
+    assert sorted(digits.committed()) == [("a", 2), ("a", 3), ("a", 4), ("b", 2), ("b", 3)]
+    assert {result["seed"] for result in digits.complete(digits.committed().values())} == {2, 3}
+    with zipfile.ZipFile(digits.LOGS) as archive:
+        assert {name: archive.read(name).decode() for name in archive.namelist()} == {
+            "a-2.jsonl": "old",
+            "a-4.jsonl": "new",
+            "b-3.jsonl": "new",
+        }
     page = (tmp_path / "digits.md").read_text()
-    assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
-    assert page.count("25.0, 1.500") == 8, "two rows with the first seed, four steps"
-    assert not (tmp_path / "new" / "repa-3" / "samples-1000.npz").exists()
-    samples = np.load(tmp_path / "new" / "repa-2" / "samples-1000.npz")["arr_0"]
-    assert samples.tolist() == list(range(10))
+    assert page.startswith("before\n") and page.endswith("after\n") and "Seeds 2, 3. " in page
+    assert (tmp_path / "digits-curves.png").read_text() == "4"
 
 
 def test_irepa_is_a_fork(cache, tmp_path, monkeypatch):
@@ -178,7 +179,9 @@ def test_irepa_is_a_fork(cache, tmp_path, monkeypatch):
 
 
 def test_a_report_needs_pairs(tmp_path, monkeypatch):
+    monkeypatch.setattr(digits, "RESULTS", tmp_path / "digits.json")
     monkeypatch.setattr(digits, "HERE", tmp_path)
+    digits.RESULTS.write_text("[]")
     with pytest.raises(SystemExit, match="0 seeds"):
         digits.report(tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert digits.RESULTS.read_text() == "[]"

@@ -3,22 +3,20 @@
     python tests/results/digits.py --jobs 2                  the whole table, hours; to resume, run it again
     python tests/results/digits.py --rows repa --seeds 2     one run and its four lines of figures
     python tests/results/digits.py --report                  digits.md and the pictures (needs matplotlib)
-    python tests/results/digits.py --pack                    digits-runs.zip: what is done, to go on elsewhere
 
 Each row of ROWS is a command that can be pasted; this script adds --seed, --out and --keep-every 250. Every
 snapshot draws 500 samples, fifty per class, in 25 steps and with the seed of the run: so the rows of a seed
 share all their noise. MeanFlow's are drawn in one evaluation, and those of its last snapshot in other numbers
-as well. The blocks of the last snapshot are probed (probe.py). Two judges: `fid.py
---features pixels` against the 1,797 real digits, and the class of the nearest real digit in pixels, which is
-right for 98.8 % of the real digits, each left out in turn. A run uses one thread, so that its bits do not
-depend on what else the machine does. iREPA's script is the fork of fork-irepa.md. Runs in digits-runs.zip are
-not run again.
+as well. The blocks of the last snapshot are probed (probe.py). Two judges: `fid.py --features pixels` against
+the 1,797 real digits, and the class of the nearest real digit in pixels, right for 98.8 % of the real
+digits, each left out in turn. A run uses one thread, so that its bits do not depend on what else the machine
+does. iREPA's script is the fork of fork-irepa.md. Runs that are in digits.json are not run again unless they
+are named.
 """
 
 import argparse
 import contextlib
 import importlib
-import io
 import json
 import multiprocessing
 import re
@@ -44,7 +42,8 @@ import sample
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 REAL = ROOT / "tests" / "digits.npz"
-RUNS = HERE / "digits-runs.zip"
+RESULTS = HERE / "digits.json"
+LOGS = HERE / "digits-logs.zip"
 STEPS = (250, 500, 750, 1000)
 SAMPLES = 500
 SEEDS = (2, 3, 4, 5, 6)  # --digits was tuned on seeds 0 and 1
@@ -346,53 +345,6 @@ def draw_one_step(folder, path, scale=6):
     sheet.save(path, optimize=True)
 
 
-def first_seed(results):
-    """A table of all rows with the first seed alone, which needs no statistics."""
-    lines = []
-    for row, (name, _, command) in ROWS.items():
-        for result in results:
-            if (result["row"], result["seed"]) == (row, SEEDS[0]):
-                cells = [f"{100 * point['accuracy']:.1f}, {point['fd']:.3f}" for point in result["points"]]
-                lines.append([name, *cells, f"`{command}`"])
-    head = [f"seed {SEEDS[0]}: accuracy in %, FD", *(f"step {step}" for step in STEPS), "command"]
-    return "\n".join(markdown(head, lines))
-
-
-def one_seed_evaluations(results):
-    """The FD of MeanFlow's networks by the number of evaluations, with the first seed alone."""
-    runs = {result["row"]: result for result in results if result["seed"] == SEEDS[0]}
-    lines = []
-    for row, (name, _, _) in ROWS.items():
-        if "evaluations" in runs.get(row, {}):
-            lines.append([name, *(f"{fd:.3f}" for fd in runs[row]["evaluations"].values())])
-    return "\n".join(markdown([f"seed {SEEDS[0]}: FD by evaluations", "1", *MORE], lines))
-
-
-def packed_results():
-    """The results in digits-runs.zip."""
-    return [json.loads(text) for name, text in unpacked().items() if name.endswith("result.json")]
-
-
-def pack(folder):
-    """Adds the runs that are done to digits-runs.zip: figures, logs, and the digits of the picture."""
-    runs = unpacked()
-    for path in sorted(folder.glob("*/result.json")):
-        name = path.parent.name
-        runs[f"{name}/result.json"] = path.read_bytes()
-        runs[f"{name}/log.jsonl"] = (path.parent / "log.jsonl").read_bytes()
-        if name.endswith(f"-{SEEDS[0]}"):
-            for samples in path.parent.glob("*.npz"):
-                drawn = io.BytesIO()
-                np.savez(drawn, arr_0=np.load(samples)["arr_0"][:10])
-                runs[f"{name}/{samples.name}"] = drawn.getvalue()
-    with zipfile.ZipFile(RUNS, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in sorted(runs.items()):
-            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)  # without a date
-    text = f"{first_seed(packed_results())}\n\n{one_seed_evaluations(packed_results())}"
-    replace_between("<!-- first seed -->", text, "<!-- end of first seed -->")
-    print(f"{RUNS}: {sum(name.endswith('result.json') for name in runs)} runs")
-
-
 def replace_between(start, text, end):
     """Puts a text between two marks of digits.md."""
     head, _, rest = (HERE / "digits.md").read_text().partition(start)
@@ -400,65 +352,71 @@ def replace_between(start, text, end):
     (HERE / "digits.md").write_text(f"{head}{start}\n{text}\n{end}{tail}")
 
 
-def unpacked():
-    """The files of digits-runs.zip by name."""
-    if not RUNS.exists():
-        return {}
-    with zipfile.ZipFile(RUNS) as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
+def committed():
+    """The results in digits.json: {(row, seed): result}."""
+    return {(result["row"], result["seed"]): result for result in json.loads(RESULTS.read_text())}
 
 
-def unpack(folder):
-    """Puts the runs of digits-runs.zip where `run` looks for them."""
-    for name, content in unpacked().items():
-        path = folder / name
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+def complete(results):
+    """The results, a list, of the seeds with all rows done, because pairs need them: a list."""
+    done = {(result["row"], result["seed"]): result for result in results}
+    seeds = [seed for seed in SEEDS if all((row, seed) in done for row in ROWS)]
+    return [done[row, seed] for row in ROWS for seed in seeds]
 
 
 def report(folder):
-    """Writes digits.json, digits-logs.zip, the pictures, and the tables of digits.md between their marks."""
-    done = {path.parent.name for path in folder.glob("*/result.json")}
-    seeds = [seed for seed in SEEDS if done >= {f"{row}-{seed}" for row in ROWS}]  # pairs need all rows
+    """Adds the runs that are done to digits.json and digits-logs.zip, and writes the tables of digits.md.
+
+    The pictures of samples are drawn if the runs of the first seed are in the folder.
+    """
+    results = committed()
+    with zipfile.ZipFile(LOGS) as archive:
+        logs = {name: archive.read(name) for name in archive.namelist()}
+    for path in folder.glob("*/result.json"):
+        result = json.loads(path.read_text())
+        row, seed = result["row"], result["seed"]
+        results[row, seed] = result
+        logs[f"{row}-{seed}.jsonl"] = (path.parent / "log.jsonl").read_bytes()
+    shown = complete(results.values())
+    seeds = {result["seed"] for result in shown}
     if len(seeds) < 2:
-        raise SystemExit(f"digits.py: {folder} has {len(seeds)} seeds with all rows done; run at least 2")
-    runs = {f"{row}-{seed}": folder / f"{row}-{seed}" for row in ROWS for seed in seeds}
-    results = [json.loads((path / "result.json").read_text()) for path in runs.values()]
-    (HERE / "digits.json").write_text(json.dumps(results, indent=1) + "\n")
-    with zipfile.ZipFile(HERE / "digits-logs.zip", "w", zipfile.ZIP_DEFLATED) as logs:
-        for name, path in runs.items():
-            info = zipfile.ZipInfo(f"{name}.jsonl")  # without a date
-            logs.writestr(info, (path / "log.jsonl").read_bytes(), zipfile.ZIP_DEFLATED)
-    replace_between("<!-- tables -->", table(results), "<!-- end of tables -->")
-    draw_curves(results, HERE / "digits-curves.png")
-    draw_samples(folder, SEEDS[0], HERE / "digits-samples.png")
-    draw_one_step(folder, HERE.parent / "one-step.png")
+        raise SystemExit(f"digits.py: {len(seeds)} seeds with all rows done; run at least 2")
+
+    RESULTS.write_text(json.dumps([results[name] for name in sorted(results)], indent=1) + "\n")
+    with zipfile.ZipFile(LOGS, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in sorted(logs):
+            info = zipfile.ZipInfo(name)  # without a date
+            archive.writestr(info, logs[name], zipfile.ZIP_DEFLATED)
+    replace_between("<!-- tables -->", table(shown), "<!-- end of tables -->")
+    draw_curves(shown, HERE / "digits-curves.png")
+    if all((folder / f"{row}-{SEEDS[0]}" / f"{STEPS[-1]:07d}.pt").exists() for row in ROWS):
+        draw_samples(folder, SEEDS[0], HERE / "digits-samples.png")
+        draw_one_step(folder, HERE.parent / "one-step.png")
 
 
 def parse_args(argv=None):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*ROWS], help="default: all")
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="default: 2 to 6")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, help="default: all that are not in digits.json")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: 2 to 6")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "table", help="folder of the runs")
     parser.add_argument("--report", action="store_true", help="run nothing; write digits.md and the pictures")
-    parser.add_argument("--pack", action="store_true", help="run nothing; write digits-runs.zip")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.pack:
-        return pack(args.out)
-    unpack(args.out)
     if args.report:
         return report(args.out)
     with files.program(__file__, args):
         extract_features.extract_digits(args.out / "digits", rank=0, world=1, device="cpu")
     write_irepa(args.out)
-    jobs = [(row, seed, args.out / f"{row}-{seed}") for seed in args.seeds for row in args.rows]
+    jobs = []
+    for seed in args.seeds or SEEDS:
+        for row in args.rows or ROWS:
+            if args.rows or args.seeds or (row, seed) not in committed():
+                jobs.append((row, seed, args.out / f"{row}-{seed}"))
     with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1) as pool:
         for row, seed, folder in pool.imap_unordered(run, jobs):
             for point in json.loads((folder / "result.json").read_text())["points"]:
