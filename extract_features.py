@@ -85,20 +85,27 @@ def encode(pixels, autoencoder, encoder, target_dtype, numbers):
     """
     images = pixels.flatten(0, 1)                                    # [n V, 3, S, S]
     mean, std = autoencoder.encode(images.float() / 127.5 - 1)
-    encoded = {"moments": torch.cat([mean, std], dim=1).half()}      # [n V, 2C, h, w]
+    moments = torch.cat([mean, std], dim=1).half()                   # [n V, 2C, h, w]
+    require_finite("moments", moments, numbers)
+    encoded = {"moments": moments}
     if encoder.widths:
-        encoded["targets"] = encoder(images)                         # [n V, T, E]
+        targets = encoder(images)                                    # [n V, T, E]
         if target_dtype == "float16":
-            encoded["targets"] = encoded["targets"].half()
-    for name, values in encoded.items():
-        if not values.isfinite().all():
-            raise UserError(
-                f"{name} of images {numbers[0]} to {numbers[-1]} are not finite;"
-                " are the weights of the network damaged?"
-            )
-    if encoder.widths and target_dtype == "int8":
-        encoded["targets"] = to_int8(encoded["targets"])
-    return {name: values.unflatten(0, pixels.shape[:2]).cpu() for name, values in encoded.items()}
+            targets = targets.half()
+        require_finite("targets", targets, numbers)
+        if target_dtype == "int8":
+            targets = to_int8(targets)
+        encoded["targets"] = targets
+    sizes = pixels.shape[:2]                                         # n, V
+    return {name: values.unflatten(0, sizes).cpu() for name, values in encoded.items()}
+
+
+def require_finite(name, values, numbers):
+    if not values.isfinite().all():
+        raise UserError(
+            f"{name} of images {numbers[0]} to {numbers[-1]} are not finite;"
+            " are the weights of the network damaged?"
+        )
 
 
 def to_int8(targets):
@@ -314,8 +321,8 @@ def extract(args, missing, source, autoencoder, encoder, rank, device):
         batches += chunks(file_numbers, args.batch_size)
     loader = files.read_ahead(DecodedImages(source, args), args.workers, batch_sampler=batches)
     pause = 0.1 if sys.stderr.isatty() else 30  # seconds between two states of the bar
-    total = sum(map(len, missing))
-    silent = rank > 0 or not missing
+    total = sum(len(file_numbers) for file_numbers in missing)
+    silent = rank > 0 or total == 0
     bar = tqdm(total=total, unit="img", disable=silent, mininterval=pause, miniters=1)
     ignored = torch.zeros(2, dtype=torch.int64)
     last_write = None

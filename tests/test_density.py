@@ -16,7 +16,7 @@ LAYOUT = {
 LOOPS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 DENSER = {"dit.py": 11.2, "fid.py": 11.2}  # networks and metrics: formulas are dense
 TOKENS = {"train_repa.py": 3_700}
-ALL_TOKENS = 44_000  # of the files that are not LATER
+ALL_TOKENS = 44_050  # of the files that are not LATER
 LATER = {"train_meanflow.py", "train_dit.py"}
 
 
