@@ -159,10 +159,10 @@ def read_run(args, data, script):
     step = checkpoint["step"]
     there = {"script": checkpoint["script"], **checkpoint["args"]}
     here = {"script": Path(script).name, **vars(args)}
-    other_flag = first_difference(there, here, FREE_FLAGS | RESCUE_FLAGS)
-    other_data = first_difference(checkpoint["data"], data)
-    if other_flag or other_data:
-        difference = other_flag or other_data
+    difference = first_difference(there, here, FREE_FLAGS | RESCUE_FLAGS)
+    if not difference and checkpoint["data"] != data:
+        difference = f"in the cache, {first_difference(checkpoint['data'], data)}"
+    if difference:
         raise UserError(f"{folder} holds another run: {difference}; choose another --out")
     for flag in sorted(RESCUE_FLAGS):
         if there[flag] != here[flag]:
