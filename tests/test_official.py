@@ -255,6 +255,17 @@ def test_ambiguous_and_foreign_files(official, tmp_path):
     assert torch.equal(loaded(*inputs()), official[0](*inputs()))
 
 
+def test_labels_of_an_official_file_are_those_of_as_many_classes(official, tmp_path):
+    """--init hands its label table on to class folders, which have names, if there are as many."""
+    model, state = official
+    torch.save(with_projectors(state), tmp_path / "file.pt")
+    config = files.read_checkpoint(tmp_path / "file.pt")["config"]
+    for count in (model.num_classes, 3):
+        names = [f"n{i:08d}" for i in range(count)]
+        init, _ = files.read_init(tmp_path / "file.pt", config, names)
+        assert (init["data"]["classes"] == names) == (count == model.num_classes)
+
+
 # --- end to end
 
 
