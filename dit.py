@@ -424,7 +424,7 @@ class DiT(nn.Module):
 
         For gradient checkpointing, return this instead:
             torch.utils.checkpoint.checkpoint(block, x, c, use_reentrant=False)
-        and let training_memory count less, because it refuses what does not fit without.
+        Then lower KEPT, too: files.check_memory would refuse what fits only with checkpointing.
         """
         return block(x, c)
 
