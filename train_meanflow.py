@@ -28,7 +28,7 @@ With p = 1 a row's gradient is that of its squared error, divided by that error.
 1 for ever. Watch loss_fm, the mean squared error of the rows with r = t, and loss_mean, r < t.
 
 Commands
-    python train_meanflow.py --digits                       four minutes on a laptop
+    python train_meanflow.py --digits                       three minutes on a laptop
     torchrun --nproc_per_node=8 train_meanflow.py           the paper's run: XL/2, ImageNet 256 px
     torchrun --nproc_per_node=8 train_meanflow.py --diverse     with DiverseDiT (2603.04239)
     python train_meanflow.py --micro-batch 32               on one GPU
