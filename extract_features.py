@@ -216,7 +216,8 @@ class CachedFeatures(Dataset):
     def fixed_batch(self, count, device=None):
         """Returns a batch as loader does, of the center crops of `count` images of all classes."""
         by_class = np.argsort(self.labels, kind="stable")
-        chosen = by_class[spread(min(count, len(by_class)), len(by_class))]
+        total = len(by_class)
+        chosen = by_class[spread(min(count, total), total)]
         batch = to_batch(self.__getitems__(chosen * self.views))
         return {name: value.to(device) for name, value in batch.items()}
 
@@ -449,9 +450,11 @@ def report(out, rotated, transparent):
 
 def extract_digits(out, rank, world, device):
     """Makes the cache of tests/digits.npz for --digits, unless `out` holds a complete one."""
-    with contextlib.suppress(UserError):
+    try:
         CachedFeatures(out)
-        return  # it is complete; otherwise CachedFeatures raises, and the cache is made
+        return  # it is complete
+    except UserError:
+        pass  # it is not, so it is made
     digits = Path(__file__).parent / "tests/digits.npz"
     options = "--image-size 8 --patch 2 --vae none --encoder hog --workers 0".split()
     args = parse_args(["--data", str(digits), "--out", str(out), *options])

@@ -225,7 +225,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     R = vectors[:, keep] * values[keep].sqrt()                        # [D, rank of S1]
     eigenvalues = torch.linalg.eigvalsh(R.T @ sigma2 @ R)             # [rank of S1]
     root_trace = eigenvalues.clamp(min=0).sqrt().sum()
-    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * root_trace
+    between_means = (mu1 - mu2).square().sum()
+    distance = between_means + sigma1.trace() + sigma2.trace() - 2 * root_trace
     return distance.item()
 
 

@@ -91,8 +91,8 @@ def due(args, step):
     if args.sample_every:
         early = [args.sample_every // n for n in (16, 8, 4, 2)]
         preview = step in early or step % args.sample_every == 0 or step == args.steps
-    every = step % args.save_every == 0 or step % args.keep_every == 0
-    save = preview or every or step == args.steps
+    regular = step % args.save_every == 0 or step % args.keep_every == 0
+    save = preview or regular or step == args.steps
     log = save or step % args.log_every == 0
     return log, save, preview
 
@@ -455,8 +455,8 @@ def read_init(path, config, classes):
     if "official" in init and len(classes) == len(init["data"]["classes"]):
         init["data"]["classes"] = classes
     with explaining(f"--init {path}: does not fit this model", "choose another one"):
-        kinds = {init["config"]["arch"], config["arch"]}
-        if "NoiseDiT" in kinds and len(kinds) > 1:
+        archs = {init["config"]["arch"], config["arch"]}
+        if "NoiseDiT" in archs and len(archs) > 1:
             raise ValueError("one of the two predicts noise: train_dit.py goes on from such models")
         check_archive(checkpoint_file(path))
         inherited = dit.inherit_config(config, init["config"])
@@ -577,10 +577,10 @@ def convert_last_layer(weights, patch, channels, without_variances):
     names = ("final_layer.linear.weight", "final_layer.linear.bias")
     last = {}
     for name in names:
-        # the second axis is the kind of output: 0 is the prediction, 1 the variance
+        # the second axis is the output: 0 is the prediction, 1 the variance
         last[name] = weights[name].unflatten(0, (patch**2, -1, channels))
-    kinds = last["final_layer.linear.weight"].shape[1]
-    if kinds == 1:
+    num_outputs = last["final_layer.linear.weight"].shape[1]
+    if num_outputs == 1:
         origin = without_variances
     elif any(value[:, 1].any() for value in last.values()):
         origin = "dit"  # its variances are trained
@@ -609,8 +609,9 @@ def reverse_time(weights):
         weights[name] = -weights[name]
     of_cos, of_sin = weights["t_embedder.mlp.0.weight"].chunk(2, dim=1)
     f = dit.Sinusoids(of_cos.shape[1]).omega
-    mixed = [of_cos * f.cos() + of_sin * f.sin(), of_cos * f.sin() - of_sin * f.cos()]
-    weights["t_embedder.mlp.0.weight"] = torch.cat(mixed, dim=1)
+    new_of_cos = of_cos * f.cos() + of_sin * f.sin()
+    new_of_sin = of_cos * f.sin() - of_sin * f.cos()
+    weights["t_embedder.mlp.0.weight"] = torch.cat([new_of_cos, new_of_sin], dim=1)
 
 
 # ---- files that are whole or absent
@@ -961,8 +962,8 @@ def program(script, args):
                 raise
             sys.exit(f"{name}: {error.filename}: {error.strerror}")
         except (RuntimeError, MemoryError) as error:
-            lacking = re.search("(out of|enough|allocate) memory", str(error))
-            if isinstance(error, RuntimeError) and not lacking:
+            says_memory = re.search("(out of|enough|allocate) memory", str(error))
+            if not (isinstance(error, MemoryError) or says_memory):
                 raise
             flag = "--micro-batch" if "micro_batch" in args else "--batch-size"
             sys.exit(f"{name}: out of memory; lower {flag} ({first_sentence(error)})")
@@ -1052,8 +1053,8 @@ class Parser(argparse.ArgumentParser):
 def number(kind, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf):
     """An argparse type: a finite int or float, low <= value <= high and above < value < below."""
     limits = {"at least": low, "at most": high, "above": above, "below": below}
-    finite = [f"{word} {limit}" for word, limit in limits.items() if math.isfinite(limit)]
-    expected = " and ".join(finite) or "finite"
+    phrases = [f"{word} {limit}" for word, limit in limits.items() if math.isfinite(limit)]
+    expected = " and ".join(phrases) or "finite"
 
     def parse(text):
         try:
