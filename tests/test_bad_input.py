@@ -510,6 +510,9 @@ CASES = {
     "encoder: one file too many": Case(
         "extract --encoder hog --encoder-weights official.pt", ("--encoder-weights", "1")
     ),
+    "encoder: weights for none": Case(
+        "extract --encoder none --encoder-weights official.pt", ("--encoder-weights", "1")
+    ),
     "encoder: no such file": Case(
         "extract --encoder vit_tiny_patch16_224 --encoder-weights no.pt", ("no.pt",)
     ),

@@ -227,6 +227,18 @@ def gated_loss(path):
     torch.save((loss.detach(), blocks.grad), f"{path}.{dist.get_rank()}")
 
 
+def test_the_mean_of_the_ranks_is_one_number(monkeypatch):
+    """To the last bit, because the gate branches on it; a thousand pairs of losses of two ranks."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    losses = torch.rand(2, 1000, generator=torch.Generator().manual_seed(0)) ** 2
+    means = []
+    for own, other in ((losses[0], losses[1]), (losses[1], losses[0])):
+        monkeypatch.setattr(dist, "all_reduce", lambda mean, other=other: mean.add_(other / 2))
+        means.append(train_diversedit.mean_over_ranks(own))
+    assert torch.equal(*means) and torch.equal(means[0], losses.mean(0))
+
+
 def test_gate_sees_the_mean_of_the_ranks(tmp_path, processes):
     """Two ranks on different sides of the gate: value and gradient of w(mean) mean in one process."""
     torch.manual_seed(0)

@@ -893,6 +893,14 @@ def test_writing_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
+def test_guidance_without_a_null_class_names_the_flag_that_asked():
+    model = SimpleNamespace(y_embedder=SimpleNamespace(dropout_prob=0))
+    for flag, cfg, control_cfg in (("--cfg 2:", 2.0, None), ("--control-cfg 1.5:", 1.0, 1.5)):
+        args = SimpleNamespace(guide=None, cfg=cfg, control_cfg=control_cfg)
+        with pytest.raises(UserError, match=f"^{flag} .*null class"):
+            sample.check_guidance(args, model, {}, "empirical", "ode")
+
+
 def test_full_disk(checkpoint, tmp_path, monkeypatch):
     """One line that names the file; nothing half-written has its name; the same command goes on."""
     options = [str(checkpoint), "--num", "4", "--steps", "1", "--batch-size", "2", "--out"]

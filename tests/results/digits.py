@@ -244,13 +244,10 @@ def probes(results):
     """What a linear layer reads from the blocks: a table of all rows."""
     lines = []
     for row, (name, _, _) in ROWS.items():
-        found = [result["probe"] for result in results if result["row"] == row and "probe" in result]
-        if found:
-            values = 100 * np.array(found)                               # [seeds, blocks]
-            cells = zip(values.mean(0), values.std(0, ddof=1), strict=True)
-            lines.append([name, *(f"{mean:.1f} ± {spread:.1f}" for mean, spread in cells)])
-    if not lines:
-        return []
+        found = [result["probe"] for result in results if result["row"] == row]
+        values = 100 * np.array(found)                                   # [seeds, blocks]
+        cells = zip(values.mean(0), values.std(0, ddof=1), strict=True)
+        lines.append([name, *(f"{mean:.1f} ± {spread:.1f}" for mean, spread in cells)])
     blocks = [f"block {b}" for b in range(1, len(lines[0]))]
     return ["", *markdown([f"linear probe, %, step {STEPS[-1]}", *blocks], lines)]
 
@@ -345,11 +342,12 @@ def draw_one_step(folder, path, scale=6):
     sheet.save(path, optimize=True)
 
 
-def replace_between(start, text, end):
-    """Puts a text between two marks of digits.md."""
-    head, _, rest = (HERE / "digits.md").read_text().partition(start)
-    tail = rest.partition(end)[2]
-    (HERE / "digits.md").write_text(f"{head}{start}\n{text}\n{end}{tail}")
+def write_tables(text):
+    """Puts the tables between their marks in digits.md."""
+    head, _, rest = (HERE / "digits.md").read_text().partition("<!-- tables -->")
+    tail = rest.partition("<!-- end of tables -->")[2]
+    text = f"{head}<!-- tables -->\n{text}\n<!-- end of tables -->{tail}"
+    (HERE / "digits.md").write_text(text)
 
 
 def committed():
@@ -387,7 +385,7 @@ def report(folder):
         for name in sorted(logs):
             info = zipfile.ZipInfo(name)  # without a date
             archive.writestr(info, logs[name], zipfile.ZIP_DEFLATED)
-    replace_between("<!-- tables -->", table(shown), "<!-- end of tables -->")
+    write_tables(table(shown))
     draw_curves(shown, HERE / "digits-curves.png")
     if all((folder / f"{row}-{SEEDS[0]}" / f"{STEPS[-1]:07d}.pt").exists() for row in ROWS):
         draw_samples(folder, SEEDS[0], HERE / "digits-samples.png")
@@ -412,10 +410,11 @@ def main(argv=None):
     with files.program(__file__, args):
         extract_features.extract_digits(args.out / "digits", rank=0, world=1, device="cpu")
     write_irepa(args.out)
+    done = {} if args.rows or args.seeds else committed()
     jobs = []
     for seed in args.seeds or SEEDS:
         for row in args.rows or ROWS:
-            if args.rows or args.seeds or (row, seed) not in committed():
+            if (row, seed) not in done:
                 jobs.append((row, seed, args.out / f"{row}-{seed}"))
     with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1) as pool:
         for row, seed, folder in pool.imap_unordered(run, jobs):
