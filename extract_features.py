@@ -23,8 +23,7 @@ An image has V views: the center crop, with --flip its mirror image, and with --
 random squares. A mirror image is encoded anew: mirroring a latent does not give its latent.
 Targets and control belong to the view.
 
-REPA's name -> timm's name. MAE and CLIP give their tokens before the final norm, the others give
-them after it:
+REPA's name -> timm's name. Tokens are taken after the final norm, those of MAE and CLIP before it:
     dinov2-vit-b     vit_base_patch14_dinov2.lvd142m
     dinov2reg-vit-b  vit_base_patch14_reg4_dinov2.lvd142m
     dinov1-vit-b     vit_base_patch16_224.dino
@@ -33,7 +32,7 @@ them after it:
     clip-vit-L       vit_large_patch14_clip_quickgelu_224.openai
 MoCo v3 is not in timm. SigLIP (vit_large_patch16_siglip_256.webli) is not in REPA's code.
 
---vae takes any AutoencoderKL of diffusers, with the sizes and the scale that its config.json tells:
+--vae takes any AutoencoderKL of diffusers, with the sizes and the scale in its config.json:
     stabilityai/sd-vae-ft-mse, -ema                      4 channels, 1/8 of the side
     stabilityai/sdxl-vae                                 4, 1/8
     stabilityai/stable-diffusion-3-medium-diffusers/vae  16, 1/8 (a folder inside the repository)
@@ -80,8 +79,8 @@ def encode(pixels, autoencoder, encoder, target_dtype, numbers):
     """Returns what a cache holds of the views of n images, uint8 pixels [n, V, 3, S, S].
 
     The result is a dict of tensors on the CPU: moments, float16 [n, V, 2C, h, w], and, if there is
-    an encoder, targets, float16 or int8 [n, V, T, E]. Raises UserError, which tells the `numbers`
-    of the images, if a value is not finite.
+    an encoder, targets, float16 or int8 [n, V, T, E]. Raises UserError if a value is not finite;
+    `numbers` are those of the images, for its message.
     """
     images = pixels.flatten(0, 1)                                    # [n V, 3, S, S]
     mean, std = autoencoder.encode(images.float() / 127.5 - 1)
@@ -91,10 +90,10 @@ def encode(pixels, autoencoder, encoder, target_dtype, numbers):
     if encoder.widths:
         targets = encoder(images)                                    # [n V, T, E]
         if target_dtype == "float16":
-            targets = targets.half()
+            targets = targets.half()  # may overflow, so it comes before the check
         require_finite("targets", targets, numbers)
         if target_dtype == "int8":
-            targets = to_int8(targets)
+            targets = to_int8(targets)  # always finite, so it comes after the check
         encoded["targets"] = targets
     sizes = pixels.shape[:2]                                         # n, V
     return {name: values.unflatten(0, sizes).cpu() for name, values in encoded.items()}
@@ -157,14 +156,13 @@ class CachedFeatures(Dataset):
 
         lengths = [len(shard["labels"]) for shard in self.shards]
         self.starts = np.cumsum(lengths) - lengths  # the first item of each file
-        # all views of an image have the same label: one of them is enough
-        labels = [shard["labels"][:: self.views] for shard in self.shards]
-        self.labels = np.concatenate(labels)
+        one_per_image = [shard["labels"][:: self.views] for shard in self.shards]
+        self.labels = np.concatenate(one_per_image)
         self.meta["images"] = len(self.labels)
-        classes = range(len(self.meta["classes"]))
-        self.meta["empty_classes"] = np.setdiff1d(classes, self.labels).tolist()
+        all_labels = range(len(self.meta["classes"]))
+        self.meta["empty_classes"] = np.setdiff1d(all_labels, self.labels).tolist()
 
-    def loader(self, order, workers=None, device=None):
+    def loader(self, order, workers=None, device="cpu"):
         """Yields a batch on `device` for each array of indices in `order`.
 
         A batch is a dict of tensors: moments [N, 2C, h, w] float16, y [N] (the labels) and, where
@@ -173,7 +171,7 @@ class CachedFeatures(Dataset):
         """
         if workers is None:
             workers = min(4, os.cpu_count()) if "targets" in self.names else 0
-        pin = torch.device(device or "cpu").type == "cuda"
+        pin = torch.device(device).type == "cuda"
         options = {"batch_sampler": order, "collate_fn": to_batch, "pin_memory": pin}
         for batch in files.read_ahead(self, workers, **options):
             yield {name: value.to(device, non_blocking=True) for name, value in batch.items()}
@@ -213,12 +211,13 @@ class CachedFeatures(Dataset):
             "num_classes": len(self.meta["classes"]),
         }
 
-    def fixed_batch(self, count, device=None):
+    def fixed_batch(self, count, device="cpu"):
         """Returns a batch as loader does, of the center crops of `count` images of all classes."""
         by_class = np.argsort(self.labels, kind="stable")
         total = len(by_class)
         chosen = by_class[spread(min(count, total), total)]
-        batch = to_batch(self.__getitems__(chosen * self.views))
+        center_crops = chosen * self.views  # view 0 of each image
+        batch = to_batch(self.__getitems__(center_crops))
         return {name: value.to(device) for name, value in batch.items()}
 
     @cached_property
@@ -234,7 +233,8 @@ class CachedFeatures(Dataset):
         for label in np.unique(self.labels):
             members = np.flatnonzero(self.labels == label)
             chosen = members[spread(TABLE_ROWS, len(members))]
-            rows = self.__getitems__(chosen * self.views, ["control"])
+            center_crops = chosen * self.views
+            rows = self.__getitems__(center_crops, ["control"])
             table[label] = torch.from_numpy(rows["control"])
         return table
 
@@ -249,15 +249,15 @@ class CachedFeatures(Dataset):
         indices = np.asarray(indices)
         batch = {}
         for name in names or self.names:
-            array = self.shards[0][name]
-            batch[name] = np.empty((len(indices), *array.shape[1:]), array.dtype)
+            first = self.shards[0][name]
+            batch[name] = np.empty((len(indices), *first.shape[1:]), first.dtype)
 
-        places = np.searchsorted(self.starts, indices, side="right") - 1  # in self.shards
-        rows = indices - self.starts[places]  # in the arrays of a shard
+        shard_of = np.searchsorted(self.starts, indices, side="right") - 1
+        row_of = indices - self.starts[shard_of]
         for i in np.argsort(indices):  # in the order of the files, which is the fastest to read
-            shard = self.shards[places[i]]
+            shard = self.shards[shard_of[i]]
             for name, array in batch.items():
-                array[i] = shard[name][rows[i]]
+                array[i] = shard[name][row_of[i]]
         return batch
 
     def __reduce__(self):
@@ -308,7 +308,8 @@ def run(args, rank, world, device):
     if world > 1:
         dist.all_reduce(ignored)  # also waits for every process
     if rank == 0:
-        report(args.out, *ignored.tolist())
+        rotated, transparent = ignored.tolist()
+        report(args.out, rotated, transparent)
 
 
 @torch.inference_mode()
@@ -318,31 +319,31 @@ def extract(args, missing, source, autoencoder, encoder, rank, device):
     Returns the numbers of images whose EXIF rotation and whose transparency were ignored.
     """
     batches = []
-    for file_numbers in missing:
-        batches += chunks(file_numbers, args.batch_size)
+    for file_range in missing:
+        batches += chunks(file_range, args.batch_size)
     loader = files.read_ahead(DecodedImages(source, args), args.workers, batch_sampler=batches)
     pause = 0.1 if sys.stderr.isatty() else 30  # seconds between two states of the bar
-    total = sum(len(file_numbers) for file_numbers in missing)
-    silent = rank > 0 or total == 0
+    total = sum(map(len, missing))
+    silent = rank > 0 or not missing
     bar = tqdm(total=total, unit="img", disable=silent, mininterval=pause, miniters=1)
-    ignored = torch.zeros(2, dtype=torch.int64)
+    ignored = torch.zeros(2, dtype=torch.int64)  # EXIF rotations, transparency
     last_write = None
     with bar, ThreadPoolExecutor(1) as writer:  # writes a file while the next one is encoded
-        for file_numbers in missing:
+        for file_range in missing:
             parts = []
-            for numbers in chunks(file_numbers, args.batch_size):
+            for numbers in chunks(file_range, args.batch_size):
                 loaded = next(loader)
                 refuse_or_skip(source, numbers, loaded.pop("error"), args.skip_bad)
                 ignored += loaded.pop("ignored").sum(0)
                 pixels = loaded.pop("pixels").to(device)
                 encoded = encode(pixels, autoencoder, encoder, args.target_dtype, numbers)
-                parts.append(loaded | encoded)
+                parts.append(loaded | encoded)  # loaded: index, labels, control, readable
                 bar.update(len(numbers))
 
             tensors = join(parts)
             if last_write:
                 last_write.result()  # waits, and raises the error of the file before
-            path = shard_file(args.out, file_numbers.start)
+            path = shard_file(args.out, file_range.start)
             last_write = writer.submit(files.write_tensors, path, tensors)
         if last_write:
             last_write.result()
@@ -399,8 +400,9 @@ def refuse_or_skip(source, numbers, errors, skip):
                 " run the same command again when it is back"
             )
         if not skip:
-            remedy = "pass --skip-bad, or repair it and extract into another --out"
-            raise UserError(f"{error}; {remedy}")
+            raise UserError(
+                f"{error}; pass --skip-bad, or repair it and extract into another --out"
+            )
         tqdm.write(f"skipped: {error}", file=sys.stderr)
 
 
@@ -432,13 +434,13 @@ def report(out, rotated, transparent):
     """Opens the cache as a trainer will, and says what it holds. Raises UserError if incomplete."""
     meta = CachedFeatures(out, targets=False).meta
     names = ", ".join(map(repr, meta["classes"][:3]))
-    num_classes = f"{len(meta['classes']):,} classes"
     if len(meta["classes"]) > 3:
         names += ", ..."
-    line = f"{out}: complete, {meta['images']:,} images of {num_classes}: {names}"
+    classes = f"{len(meta['classes']):,} classes"
+    line = f"{out}: complete, {meta['images']:,} images of {classes}: {names}"
     notes = {
         "unreadable images were left out": meta["count"] - meta["images"],
-        f"of {num_classes} hold no image": len(meta["empty_classes"]),
+        f"of {classes} hold no image": len(meta["empty_classes"]),
         "images carry an EXIF rotation, which is ignored as in ADM": rotated,
         "images are transparent, which is ignored as in ADM": transparent,
     }
@@ -462,6 +464,8 @@ def extract_digits(out, rank, world, device):
 
 
 # ---- encoders: pixels -> one target vector per token
+
+OFFLINE = "HF_HUB_OFFLINE=1 skips the wait"  # ends the message of a failed download
 
 
 class Encoders:
@@ -506,7 +510,7 @@ class HOG:
     """
 
     bins = 9
-    floor = 0.02  # the constant
+    constant = 0.02
 
     def __init__(self, grid):
         self.grid = grid
@@ -530,7 +534,7 @@ class HOG:
         cells = F.avg_pool2d(votes, images.shape[-1] // self.grid)   # [N, bins, G, G]
         cells = F.pad(cells, (1, 1, 1, 1), mode="replicate")
         vectors = F.unfold(cells, 3).mT                              # [N, T, 9 bins]
-        vectors = F.pad(vectors, (0, 1), value=self.floor)
+        vectors = F.pad(vectors, (0, 1), value=self.constant)
         return F.normalize(vectors, dim=-1)                          # [N, T, E]
 
 
@@ -546,23 +550,27 @@ class ViT:
         self.side = grid * patch_size(name)
         self.model = load_vit(name, self.side, file).to(device).eval().requires_grad_(False)
         self.widths = [self.model.embed_dim]
-        self.final_norm = not (".mae" in name or "_clip_" in name)
+        self.final_norm = not (".mae" in name or "_clip_" in name)  # as in REPA's code
         config = timm.data.resolve_model_data_config(self.model)
         self.mean = torch.tensor(config["mean"], device=device).view(3, 1, 1)
         self.std = torch.tensor(config["std"], device=device).view(3, 1, 1)
         # if the tokens do not form the grid, this fails now and not at the first batch
         with explaining_vit(name):
             black = torch.zeros(1, 3, 8, 8, device=device)
-            self(black).view(grid**2, *self.widths)
+            self(black).view(grid**2, self.model.embed_dim)
 
     def __call__(self, images):                                      # [N, 3, H, W]
         x = (images.float() / 255 - self.mean) / self.std
         x = F.interpolate(x, size=(self.side, self.side), mode="bicubic")
-        options = {"output_fmt": "NLC", "intermediates_only": True}
         with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
-            # indices=1: of the last block only
-            tokens = self.model.forward_intermediates(x, indices=1, norm=self.final_norm, **options)
-        return tokens[0].float()                                     # [N, T, E]
+            [tokens] = self.model.forward_intermediates(
+                x,
+                indices=1,  # of the last block only
+                norm=self.final_norm,
+                output_fmt="NLC",
+                intermediates_only=True,
+            )
+        return tokens.float()                                        # [N, T, E]
 
 
 def load_vit(name, side, file=None):
@@ -577,8 +585,8 @@ def load_vit(name, side, file=None):
     with explaining(f"--encoder-weights {file}: not weights of {name}", "pass its own"):
         overlay = {"state_dict": dict(weights)}
         model = timm.create_model(name, pretrained_cfg_overlay=overlay, **options)
-        # timm leaves at random what a file lacks. Its conversion of names belongs to the module
-        # of the model.
+        # timm says nothing of tensors that the file lacks: they stay random. It renames those of
+        # the file by this function, which lies in the module of the model.
         convert = sys.modules[type(model).__module__].checkpoint_filter_fn
         missing = model.state_dict().keys() - convert(weights, model).keys()
         if missing:
@@ -595,7 +603,7 @@ def patch_size(name):
     quick = name.replace("_clip_", "_clip_quickgelu_")
     if quick != name and quick in timm.list_models(pretrained=True):
         raise UserError(f"--encoder {name}: these weights need QuickGELU; pass {quick}")
-    with explaining_vit(name), torch.device("meta"):
+    with explaining_vit(name), torch.device("meta"):  # which has no weights
         return timm.create_model(name).patch_embed.patch_size[0]
 
 
@@ -628,7 +636,8 @@ def image_views(image, size, flip, crops, rng):
         side = max(1, round(short * rng.uniform(0.4, 1) ** 0.5))
         top = rng.integers(h0 - side, endpoint=True)
         left = rng.integers(w0 - side, endpoint=True)
-        view = center_crop(image.crop((left, top, left + side, top + side)), size)
+        square = image.crop((left, top, left + side, top + side))
+        view = center_crop(square, size)  # only scales a square
         mirrored = flip and rng.random() < 0.5
         views.append(ImageOps.mirror(view) if mirrored else view)
         control.append((h0, w0, top, left, side, side, mirrored))
@@ -636,7 +645,7 @@ def image_views(image, size, flip, crops, rng):
     return pixels.transpose(0, 3, 1, 2), np.array(control, dtype=np.int32)
 
 
-MOST_PIXELS = 2**28  # an image that scaling makes larger is refused: it may fill the memory
+MOST_PIXELS = 2**28  # a narrow image that would be scaled to more is refused
 
 
 def center_crop(image, size):
@@ -667,7 +676,8 @@ def to_rgb(image):
     # older versions of Pillow open a 16-bit PNG in mode I
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         grey = np.asarray(image).astype(np.int32)
-        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+        grey = (grey + 128) // 257  # 65535 becomes 255
+        image = Image.fromarray(grey.astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ValueError(f"its mode {image.mode} has 32 bits per pixel, save it with 8 or 16")
     return image.convert("RGB")
@@ -701,7 +711,7 @@ class Pixels:
         return latents
 
 
-STABLE_DIFFUSION = {  # entries of config.json, and what holds where one of them is missing
+STABLE_DIFFUSION = {  # its config.json; an entry that another config.json lacks is taken from here
     "_class_name": "AutoencoderKL",
     "act_fn": "silu",
     "block_out_channels": [128, 256, 512, 512],
@@ -741,7 +751,7 @@ class AutoencoderKL(nn.Module):
         widths = config["block_out_channels"]
         depth = config["layers_per_block"]
         groups = config["norm_num_groups"]
-        num_attentions = int(config["mid_block_add_attention"])
+        num_attentions = int(config["mid_block_add_attention"])  # in the middle: one or none
         first = widths[0]
         last = widths[-1]
         self.channels = config["latent_channels"]
@@ -789,7 +799,7 @@ class AutoencoderKL(nn.Module):
 
 
 def per_channel(value, latents):
-    """Returns a scale or shift, a number or a list of C, such that it fits latents [N, C, h, w]."""
+    """Returns a scale or shift, a number or a list of C, in a form that fits [N, C, h, w]."""
     if isinstance(value, list):
         value = torch.tensor(value).view(-1, 1, 1).to(latents, non_blocking=True)
     return value
@@ -807,7 +817,7 @@ def complete_config(entries):
         # does not / here: as in REPA-E's, because models expect a standard deviation near 1
         config["shift_factor"] = config["latents_mean"]
         config["scaling_factor"] = [1 / std for std in config["latents_std"]]
-    elif STABLE_DIFFUSION == {name: config[name] for name in STABLE_DIFFUSION}:
+    elif STABLE_DIFFUSION.items() <= config.items():  # it is Stable Diffusion's
         config.setdefault("scaling_factor", 0.18215)  # its config.json is older than this entry
     files.expect(config, UNDERSTOOD)
     return config
@@ -898,7 +908,7 @@ class AttentionBlock(nn.Module):
         self.to_q = nn.Linear(c, c)
         self.to_k = nn.Linear(c, c)
         self.to_v = nn.Linear(c, c)
-        self.to_out = nn.Sequential(nn.Linear(c, c))
+        self.to_out = nn.Sequential(nn.Linear(c, c))  # to_out.0 in weight files
 
     def forward(self, x):
         h = self.group_norm(x).flatten(2).mT.unsqueeze(1)            # [N, 1, H W, C]
@@ -920,8 +930,6 @@ def conv1x1(c, wanted):
 
 # ---- weights of an autoencoder
 
-OFFLINE = "HF_HUB_OFFLINE=1 skips the wait"
-
 
 def load_autoencoder(name, device="cpu"):
     """Returns the autoencoder of a hub repository, a folder or a file, or Pixels for the name none.
@@ -942,9 +950,10 @@ def load_autoencoder(name, device="cpu"):
         with explaining(f"--vae {name}: cannot be downloaded", remedy):
             parts = name.split("/")
             repository = "/".join(parts[:2])
-            for file in ("config.json", wanted):  # the hub puts both into one folder
-                file = "/".join([*parts[2:], file])
-                path = Path(huggingface_hub.hf_hub_download(repository, file))
+            for file in ("config.json", wanted):
+                inside = "/".join([*parts[2:], file])
+                downloaded = huggingface_hub.hf_hub_download(repository, inside)
+            path = Path(downloaded)  # of the weights, in one folder with config.json
 
     entries = {}
     config_file = path.with_name("config.json")
@@ -1059,7 +1068,7 @@ def read_meta(folder):
         for below in folder.glob("*/meta.json"):
             remedy = f"did you mean {below.parent}?"
         raise UserError(f"{folder}: no feature cache there; {remedy}")
-    version = files.read_json(file).get("format_version")
+    version = files.read_json(file).get("format_version")  # first: other formats lack other entries
     if version != FORMAT_VERSION:
         raise UserError(
             f"{folder}: cache format {version!r:.60}, not {FORMAT_VERSION}; extract it again"
@@ -1102,13 +1111,13 @@ def missing_files(folder, rank, world):
     missing = []
     for numbers in chunks(range(meta["count"]), meta["shard"])[rank::world]:
         path = shard_file(folder, numbers.start)
-        with contextlib.suppress(UserError):
+        try:
             open_shard(path, meta)
-            continue
-        if path.exists():
-            print(f"{path}: damaged; it is made again", file=sys.stderr)
-            path.unlink()
-        missing.append(numbers)
+        except UserError:
+            missing.append(numbers)
+            if path.exists():
+                print(f"{path}: damaged; it is made again", file=sys.stderr)
+                path.unlink()
     return missing
 
 
@@ -1116,7 +1125,7 @@ def missing_files(folder, rank, world):
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 OTHER_IMAGES = ".avif .bmp .gif .heic .heif .jfif .jp2 .jxl .pgm .pnm .ppm .tga .tif .tiff"
-SPLITS = "train training val valid validation test"  # these alone are no class folders
+SPLITS = "train training val valid validation test"  # a source with no other folders is refused
 
 
 class Images:
@@ -1144,7 +1153,7 @@ class Images:
             raise UserError(f"--limit {limit}: the source has {len(labels)} images")
         self.chosen = spread(limit, len(labels))
         self.labels = labels[self.chosen]
-        self.archive = None  # so each process opens it again, because a file has one position
+        self.archive = None  # loader processes are copies of this one, and must not share a file
 
     def list_files(self):
         """Sets `names`, and returns the labels of all images and the classes."""
@@ -1211,7 +1220,7 @@ class Images:
         return not path.exists()
 
     def digest(self):
-        """Returns 16 hexadecimal digits for the names and sizes of the files, and the labels."""
+        """Returns 16 digits that change with the names and sizes of the files, or the labels."""
         if self.is_folder:
             entries = [(name, os.path.getsize(self.path / name)) for name in self.names]
         else:
@@ -1249,9 +1258,10 @@ def list_zip(path):
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
         names = [name for name in names if not any(map(is_hidden, name.split("/")))]
-        # the folders around class folders: the root is what they share, with a slash at its end
+        # a/b/cat/1.png is in the class folder a/b/cat: the root is what all a/b have in common
         above = {os.path.dirname(os.path.dirname(name)) for name in with_suffix(names, IMAGES)}
-        root = os.path.join(os.path.commonpath(above or [""]), "")
+        shared = os.path.commonpath(above or [""])
+        root = os.path.join(shared, "")  # with a slash at its end, unless it is ""
     return root, [name.removeprefix(root) for name in names if name.startswith(root)]
 
 
@@ -1269,14 +1279,14 @@ def class_folders(source, names, listed):
     """Returns labels and classes of images called class/file.
 
     names: those of the images; listed: those of other files and of folders, too. Raises UserError
-    for images that are called otherwise, for splits such as train and val, and for empty classes.
+    for images at other depths, for splits such as train and val, and for empty classes.
     """
     deep = [name for name in names if name.count("/") > 1]
     if deep:
         hint = pass_folder(source, os.path.dirname(os.path.dirname(deep[0])))
         raise UserError(f"--data {source}: {deep[0]} lies deeper than class/file; {hint}")
     labels = []
-    classes = {}  # name -> label, in order, because the images are sorted
+    label_of = {}  # class -> label, in order, because the images are sorted
     for name in names:
         folder = os.path.dirname(name)
         if not folder:
@@ -1284,13 +1294,14 @@ def class_folders(source, names, listed):
                 f"--data {source}: {name} is in no class folder;"
                 " make one, or pass the folder above"
             )
-        labels.append(classes.setdefault(folder, len(classes)))
+        labels.append(label_of.setdefault(folder, len(label_of)))
 
-    classes = list(classes)
+    classes = list(label_of)
     if set(classes).issubset(SPLITS.split()):
         hint = pass_folder(source, classes[0])
         raise UserError(f"--data {source}: {', '.join(classes)} are no class folders; {hint}")
-    empty = {name.split("/")[0] for name in listed if "/" in name}.difference(classes)
+    folders = {name.split("/")[0] for name in listed if "/" in name}
+    empty = folders.difference(classes)
     if empty:
         raise UserError(
             f"--data {source}: class folder {min(empty)!r} holds no image"
@@ -1311,7 +1322,8 @@ def read_npz(path):
     expected = "it needs arr_0, uint8 [N, H, W, 3], and arr_1, N class indices >= 0"
     with explaining(f"--data {path}: no ADM .npz", expected), np.load(path) as archive:
         pixels = archive["arr_0"]  # reading it verifies the checksum
-        if pixels.dtype != np.uint8 or pixels.shape[3:] != (3,) or pixels.size == 0:
+        is_rgb = pixels.ndim == 4 and pixels.shape[3] == 3
+        if pixels.dtype != np.uint8 or not is_rgb or pixels.size == 0:
             raise ValueError(f"arr_0 is {pixels.dtype} {list(pixels.shape)}")
         labels = archive["arr_1"] if "arr_1" in archive else np.zeros(len(pixels), np.int64)
         if labels.shape != pixels.shape[:1]:

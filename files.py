@@ -1,7 +1,6 @@
 """Runs, checkpoints, files, processes, command lines: what programs need and no paper mentions.
 
-Order and noise come from streams that are named by (use, seed, index). A run of a training script
-is a folder, and the same command resumes it exactly:
+A run of a training script is a folder, and the same command resumes it exactly:
     last.pt           model, ema, heads, opt, step, args, config, data: the whole state
     STEP.pt           the same, kept every --keep-every steps
     log.jsonl         a row for every --log-every steps
@@ -9,8 +8,7 @@ is a folder, and the same command resumes it exactly:
     samples-STEP.png  the previews
 Work that has many parts (a cache of features, a set of sampled images) is a folder with a JSON
 description and one .safetensors file per part. Every file but log.jsonl is written beside its place
-and then renamed, so it is never there in part. Run a command that was killed again, and it
-continues.
+and then renamed, so it is whole or absent. To continue a command that was killed, run it again.
 
 Raise `UserError` for what the user can repair: `program` turns it into one line. Every other
 exception is a bug and keeps its traceback.
@@ -54,7 +52,7 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def explaining(what, remedy):
-    """Turns whatever is raised inside into a UserError. Use it only around a decoder of files."""
+    """Turns whatever is raised inside, a bug too, into a UserError. So put little inside."""
     try:
         yield
     except Exception as error:  # libraries raise about ten types for a damaged file
@@ -69,7 +67,7 @@ def first_sentence(error):
 
 # ---- random numbers
 
-# what random numbers are used for; append a new use, because the position is part of the seed
+# what random numbers are used for; append a new use: its position, from 1, is part of the seed
 USES = ("step", "epoch", "blocks", "image", "label", "control", "crop")
 
 
@@ -99,10 +97,10 @@ def due(args, step):
 
 def save_run(args, config, cache, objective, ema, optimizer, script, step):
     """Writes the whole state of a run to last.pt, and every --keep-every steps also to STEP.pt."""
-    heads = objective.state_dict()
-    for key in list(heads):
-        if key.startswith("model."):  # the model is saved on its own
-            del heads[key]
+    heads = {}
+    for name, value in objective.state_dict().items():
+        if not name.startswith("model."):  # the model is saved on its own
+            heads[name] = value
     checkpoint = {
         "step": step,
         "args": vars(args),
@@ -136,18 +134,18 @@ def restore(checkpoint, objective, ema, optimizer):
 # A resumed run may change these flags: paths and intervals, the length of the run, and how its work
 # is divided. (Only L_div of DiverseDiT depends on the micro-batch, over which it averages.)
 FREE_FLAGS = {
-    *("data", "out", "digits"),
-    *("log_every", "sample_every", "save_every", "keep_every"),
-    *("steps", "workers", "compile", "micro_batch"),
+    "data", "out", "digits",
+    "log_every", "sample_every", "save_every", "keep_every",
+    "steps", "workers", "compile", "micro_batch",
 }
 # It may also change these, to rescue a run without finite gradients. The change is printed.
 RESCUE_FLAGS = {"lr", "clip", "precision"}
 
 
-def read_run(args, data, script):
+def read_run(args, meta, script):
     """Returns the checkpoint of the run in folder args.out, or None if the run is new.
 
-    data: meta.json of the cache; script: path of the training script. Prints what changed since.
+    meta: meta.json of the cache; script: path of the training script. Prints what changed since.
     Raises UserError if the folder holds another run or other files.
     """
     folder = Path(args.out)
@@ -160,8 +158,8 @@ def read_run(args, data, script):
     there = {"script": checkpoint["script"], **checkpoint["args"]}
     here = {"script": Path(script).name, **vars(args)}
     difference = first_difference(there, here, FREE_FLAGS | RESCUE_FLAGS)
-    if not difference and checkpoint["data"] != data:
-        difference = f"in the cache, {first_difference(checkpoint['data'], data)}"
+    if not difference and checkpoint["data"] != meta:
+        difference = f"in the cache, {first_difference(checkpoint['data'], meta)}"
     if difference:
         raise UserError(f"{folder} holds another run: {difference}; choose another --out")
     for flag in sorted(RESCUE_FLAGS):
@@ -176,7 +174,7 @@ def refuse_other_files(folder):
     """Raises UserError if the folder of a new run holds files, except pictures and .npz files."""
     if folder.is_file():
         raise UserError(f"--out {folder}: is a file; choose a folder")
-    names = {path.name for path in folder.glob("[!.]*")}
+    names = {path.name for path in folder.glob("[!.]*")}  # not those that begin with a dot
     foreign = {name for name in names if not name.endswith((".png", ".npz", ".tmp"))}
     if "run.json" in names:  # a run that ended before its first checkpoint
         foreign -= {"run.json", "log.jsonl"}
@@ -260,7 +258,7 @@ def lock_folder(folder):
     file = open(folder / ".lock", "w")
     LOCKS.append(file)
     try:
-        # not flock: loader processes would inherit the lock, and hold it after a kill of this one
+        # not flock: loader processes would inherit it, and keep it when this process is killed
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise UserError(
@@ -276,9 +274,9 @@ def lock_folder(folder):
 class TrainingLog:
     """Writes log.jsonl and shows the bar.
 
-    A row holds means over an interval, which is the steps since the row before it. The sums stay on
-    the device, so that no step makes the host wait for the GPU. A step whose gradient was not
-    finite was skipped by the optimiser and does not count.
+    A row holds means over its interval: the steps since the row before. The sums stay on the
+    device, so that no step makes the host wait for the GPU. A step whose gradient was not finite
+    was skipped by the optimiser and does not count.
     """
 
     def __init__(self, args, step, rank, world, flops):
@@ -317,20 +315,21 @@ class TrainingLog:
             raise UserError(f"step {step}: {self.explain_bad()}")
         if dist.is_initialized():
             dist.all_reduce(self.sums)
-        *sums, count = self.sums.tolist()  # count: of finite steps, over all processes
+        *sums, count = self.sums.tolist()  # every process has counted the same finite steps
         means = {}
         for name, total in zip(self.names, sums, strict=True):
             means[name] = total / count if count else None
-        interval = step - self.interval_step
+        steps = step - self.interval_step
+        finite_steps = round(count / self.world)
         seconds = time.perf_counter() - self.interval_clock
-        rate = interval * self.args.batch_size / seconds
+        rate = steps * self.args.batch_size / seconds
         self.sums = 0
         self.interval_step = step
         self.interval_clock = None  # a checkpoint or a preview that follows is not timed
         return {
             "step": step,
             **means,
-            "skipped": interval - round(count / self.world),
+            "skipped": steps - finite_steps,
             "lr": lr,
             "img_per_s": rate,
             "tflops": rate * self.flops / self.world / 1e12,
@@ -364,7 +363,7 @@ class TrainingLog:
             print(f"step {row['step']}: {text}", flush=True)
 
     def explain_bad(self):
-        """Returns a text about the newest steps, whose gradients were not finite."""
+        """Returns the message for a run whose newest steps had no finite gradient."""
         values = []
         for name, value in zip(self.names, self.last.tolist(), strict=True):
             values.append(f"{name} {value:.3g}")
@@ -403,9 +402,9 @@ def note_on_average(decay, step):
 
 # ---- checkpoints
 
-# Kinds of values (see fits): what is counted, and one number or a list with one for each channel
+# kinds of values, see fits
 COUNT = range(1, 2**31)
-PER_CHANNEL = (float, [float])
+PER_CHANNEL = (float, [float])  # a number, or a list with one for each channel
 # what a model must know of its data: entries of a cache's meta.json, and of a checkpoint's "data"
 DATA = {
     "vae": str,
@@ -455,8 +454,9 @@ def read_init(path, config, classes):
     if "official" in init and len(classes) == len(init["data"]["classes"]):
         init["data"]["classes"] = classes
     with explaining(f"--init {path}: does not fit this model", "choose another one"):
-        archs = {init["config"]["arch"], config["arch"]}
-        if "NoiseDiT" in archs and len(archs) > 1:
+        there = init["config"]["arch"]
+        here = config["arch"]
+        if there != here and "NoiseDiT" in (there, here):
             raise ValueError("one of the two predicts noise: train_dit.py goes on from such models")
         check_archive(checkpoint_file(path))
         inherited = dit.inherit_config(config, init["config"])
@@ -482,19 +482,20 @@ def check_archive(path):
 
 def validate_checkpoint(checkpoint, resume):
     """Raises an error unless all parts of a checkpoint are there, are finite and fit each other."""
-    expect(checkpoint, dict.fromkeys(["model", "ema", "config", "data", "args"], dict))
+    for name in ("model", "ema", "config", "data", "args"):
+        expect(checkpoint, {name: dict})
     expect(checkpoint["data"], DATA)
-    names = ["model", "ema"]
+    must_be_finite = ["model", "ema"]
     if resume:
         expect(checkpoint, {"heads": dict, "opt": dict, "step": range(2**63), "script": str})
-        names.append("heads")
+        must_be_finite.append("heads")
     with torch.device("meta"):
         model = dit.build(checkpoint["config"])
     for name in ("model", "ema"):
         # a plain dict: load_state_dict would mark the state dict with `assign`, and the next load
         # would then assign, too, where it should copy
         model.load_state_dict(dict(checkpoint[name]), assign=True)
-    for name in names:
+    for name in must_be_finite:
         if not all(value.isfinite().all() for value in checkpoint[name].values()):
             raise ValueError(f"{name} is not finite")
     classes = len(checkpoint["data"]["classes"])
@@ -516,10 +517,11 @@ def from_official(content, official=None):
     weights, is_repa = official_weights(content)
     width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
     side = math.isqrt(weights["pos_embed"].shape[1]) * patch
-    heads_of_width = {size[1]: size[2] for size in dit.SIZES.values()}
+    heads_of_width = {width: heads for _, width, heads in dit.SIZES.values()}
     num_classes = len(weights["y_embedder.embedding_table.weight"]) - 1
-    origin = convert_last_layer(weights, patch, channels, "repa" if is_repa else official)
-    if official not in (origin, None):
+    expected = "repa" if is_repa else official
+    origin = convert_last_layer(weights, patch, channels, expected)
+    if official and official != origin:
         raise ValueError(f"its keys and shapes are those of {origin}")
 
     return {
@@ -568,11 +570,11 @@ def official_weights(content):
     return weights, has_projectors or bool(old_names)
 
 
-def convert_last_layer(weights, patch, channels, without_variances):
+def convert_last_layer(weights, patch, channels, expected):
     """Makes the last layer predict what ours predicts. Returns the origin: repa, sit or dit.
 
-    It drops SiT's variances and reverses SiT's time. without_variances: the origin of a file that
-    has none. Raises ValueError if that is not known.
+    It drops SiT's variances and reverses SiT's time. expected: repa, sit or None, which decides for
+    a file without variances. Raises ValueError if it is None then.
     """
     names = ("final_layer.linear.weight", "final_layer.linear.bias")
     last = {}
@@ -581,7 +583,7 @@ def convert_last_layer(weights, patch, channels, without_variances):
         last[name] = weights[name].unflatten(0, (patch**2, -1, channels))
     num_outputs = last["final_layer.linear.weight"].shape[1]
     if num_outputs == 1:
-        origin = without_variances
+        origin = expected
     elif any(value[:, 1].any() for value in last.values()):
         origin = "dit"  # its variances are trained
     else:
@@ -627,8 +629,10 @@ def replace_file(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+    except (OSError, RuntimeError) as error:
+        cause = error
+        if isinstance(error.__context__, OSError):  # torch.save made a RuntimeError of it
+            cause = error.__context__
         raise UserError(
             f"cannot write {path} ({first_sentence(cause)});"
             " free some space and run the same command again"
@@ -645,14 +649,15 @@ def write_json(path, value):
 
 def write_tensors(path, tensors):
     """Writes a dict of tensors as a .safetensors file."""
-    content = safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()})
+    contiguous = {name: value.contiguous() for name, value in tensors.items()}
+    content = safetensors.torch.save(contiguous)
     replace_file(path, lambda file: file.write(content))
 
 
 def read_json(path, expected=None):
     """Returns the dict in a JSON file. Raises UserError if it lacks what is `expected`."""
     with explaining(f"{path}: damaged", "delete the folder and make it again"):
-        entries = dict(json.loads(Path(path).read_text()).items())
+        entries = dict(json.loads(Path(path).read_text()).items())  # a list has no items
         expect(entries, expected or {})
         return entries
 
@@ -678,7 +683,7 @@ def fits(value, kind):
     if isinstance(kind, range):
         return type(value) is int and value in kind
     if isinstance(kind, set):
-        return value in list(kind)
+        return value in list(kind)  # a set would fail for a value that cannot be hashed
     if kind is float:
         return isinstance(value, (int, float)) and math.isfinite(value)
     return isinstance(value, kind)
@@ -699,7 +704,7 @@ def start_folder(folder, name, description, size):
     """
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / name).exists():
-        # dumps and loads: what JSON makes of the description, such as lists of tuples
+        # dumps and loads: JSON turns tuples into lists
         here = json.loads(json.dumps(description))
         difference = first_difference(read_json(folder / name), here)
         if difference:
@@ -708,9 +713,10 @@ def start_folder(folder, name, description, size):
                 " delete it or choose another name"
             )
         return
-    foreign = sorted(path.name for path in folder.iterdir() if not path.name.endswith(".tmp"))
+    names = {path.name for path in folder.iterdir()}
+    foreign = {name for name in names if not name.endswith(".tmp")}
     if foreign:
-        raise UserError(f"{folder} holds other files, such as {foreign[0]}; choose another --out")
+        raise UserError(f"{folder} holds other files, such as {min(foreign)}; choose another --out")
     free = shutil.disk_usage(folder).free
     if size > free:
         raise UserError(f"{folder}: needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
@@ -733,22 +739,17 @@ RENDEZVOUS = timedelta(minutes=5)  # how long a process waits for the others to 
 
 
 def launch(hours=24):
-    """Joins the processes that torchrun started, one per GPU. Returns rank, their number, device.
+    """Joins the processes that torchrun started, one per GPU.
 
-    hours: how long a process waits for the others later on. CPU tensors travel by gloo and CUDA
-    tensors by nccl.
+    Returns rank, world (the number of processes) and device. hours: how long a process waits for
+    the others later on. CPU tensors travel by gloo and CUDA tensors by nccl.
     Raises UserError if torchrun's variables make no sense, if there is no GPU for this process, or
     if the other processes do not appear in time.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    words = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
-    with explaining(words, "start several processes with torchrun, or unset these variables"):
-        rank = int(os.environ.get("RANK", 0))
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        one_is_missing = ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ)
-        if one_is_missing or local_rank < 0 or not 0 <= rank < world:
-            raise ValueError("RANK must be below WORLD_SIZE, and both must be set")
+    variables = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
+    with explaining(variables, "start several processes with torchrun, or unset these variables"):
+        rank, world, local_rank = torchrun_ranks()
 
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -765,7 +766,7 @@ def launch(hours=24):
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # of DDP
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         remedy = "are MASTER_ADDR and MASTER_PORT right, and were all processes started?"
-        with explaining(f"{words}: the processes do not find each other", remedy):
+        with explaining(f"{variables}: the processes do not find each other", remedy):
             # in two steps, because a missing process is noticed in minutes, a late one in hours
             store, _, _ = next(dist.rendezvous("env://", timeout=RENDEZVOUS))
             dist.init_process_group(
@@ -778,6 +779,20 @@ def launch(hours=24):
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # only the first process prints
     return rank, world, device
+
+
+def torchrun_ranks():
+    """Returns rank, number of processes, and rank on this machine, as torchrun sets them.
+
+    Raises ValueError if they make no sense.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    one_is_missing = ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ)
+    if one_is_missing or local_rank < 0 or not 0 <= rank < world:
+        raise ValueError("RANK must be below WORLD_SIZE, and both must be set")
+    return rank, world, local_rank
 
 
 def barrier():
@@ -795,7 +810,7 @@ def any_process(flag):
 
 
 def require_same_step(step):
-    """Raises UserError if the processes would start at different steps, on different disks."""
+    """Raises UserError if the processes would start at different steps: their disks differ."""
     if not dist.is_initialized():
         return
     lowest = torch.tensor(step)
@@ -816,11 +831,12 @@ def until_stopped(batches, log):
     """Yields batches until any process gets a signal, or cannot fetch its data or write its log.
 
     The processes agree on this before every step. So all of them stop after the same one, and the
-    state can be saved. log.failure keeps the exception, and log.finish raises it. This generator
-    also starts the clock of an interval of the log, when it fetches the first batch.
+    state can be saved. log.failure keeps the exception, and log.finish raises it. The log's clock
+    starts here, so that an interval includes the time of fetching its first batch.
     """
     while True:
-        log.interval_clock = log.interval_clock or time.perf_counter()
+        if log.interval_clock is None:
+            log.interval_clock = time.perf_counter()
         try:
             batch = next(batches)
         except Exception as error:
@@ -856,24 +872,23 @@ def note_signal(signum, _):
 def read_ahead(dataset, workers, **options):
     """Yields the batches of a DataLoader, whose `workers` processes read ahead.
 
-    A worker that dies raises UserError here, within five seconds. PyTorch's own handler would raise
-    anywhere in the program. Workers ignore signals, because the last step still needs their data.
-    They are killed when the caller stops or the program ends: Python would only send them SIGTERM,
-    and wait.
+    A worker that dies raises UserError here, within five seconds. Workers ignore signals, because
+    the last step still needs their data. They are killed when the caller stops or the program ends:
+    Python would only send them SIGTERM, and wait.
     """
     others = multiprocessing.active_children()
     options["worker_init_fn"] = shield_worker
     batches = iter(DataLoader(dataset, num_workers=workers, **options))
     processes = [child for child in multiprocessing.active_children() if child not in others]
     atexit.register(kill, processes)
+    # PyTorch's handler would raise anywhere in the program when a worker dies
     with contextlib.suppress(ValueError):  # only the main thread may set handlers
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield from batches
-    except (RuntimeError, OSError, EOFError) as error:
-        # a worker that dies may also leave a tensor half sent, so this does not ask for a type
+    except (RuntimeError, OSError, EOFError) as error:  # a worker that dies may cause any of these
         for process in processes:
-            process.join(0.1)
+            process.join(0.1)  # one that is just dying has no exitcode yet
         if not any(process.exitcode for process in processes):
             raise
         raise UserError(
@@ -885,7 +900,6 @@ def read_ahead(dataset, workers, **options):
 
 def shield_worker(_):
     """Makes a loader process ignore the signals that end a run."""
-    os.setsid()
     for signum in ENDING:
         signal.signal(signum, signal.SIG_IGN)
 
@@ -915,12 +929,13 @@ def check_memory(config, images, args):
     """Raises UserError if this device has too little memory to train on `images` at once."""
     visible = 1 - vars(args).get("mask_ratio", 0)  # what SD-DiT's student sees
     gradients_stay = images < args.batch_size  # those of other micro-batches or processes
-    options = (args.precision, args.compile, visible, gradients_stay)
+    needed = dit.training_memory(
+        config, images, args.precision, args.compile, visible, gradients_stay
+    )
     if torch.cuda.is_available():
         memory = torch.cuda.mem_get_info()[1]
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    needed = dit.training_memory(config, images, *options)
     if needed > memory:
         raise UserError(
             f"{images} images at once need {needed / 1e9:.0f} GB, there are {memory / 1e9:.0f} GB:"
@@ -949,7 +964,6 @@ def program(script, args):
     Other exceptions keep their traceback.
     """
     name = Path(script).name
-    open_standard_streams()
     stdout = Stream(sys.stdout)
     stderr = Stream(sys.stderr)
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
@@ -984,24 +998,11 @@ def is_given(path, args):
     return False
 
 
-def open_standard_streams():
-    """Opens the null device in place of those of stdin, stdout and stderr that are closed.
-
-    A program that is started with `2>&-` has no file 2. The next file that it opens would get this
-    number, and warnings would be written into it.
-    """
-    for descriptor in (0, 1, 2):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest one that is free
-
-
 class Stream:
     """stdout or stderr for a run that must not end when its reader goes away (`| head -1`)."""
 
     def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")
+        self.stream = stream or open(os.devnull, "w")  # None: the shell closed it, as by `2>&-`
         if hasattr(self.stream, "reconfigure"):
             self.stream.reconfigure(errors="backslashreplace")
 
@@ -1018,7 +1019,8 @@ class Stream:
         try:
             action(*arguments)
         except OSError:  # discard all further output, and what is still in the buffer
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.stream.fileno())
 
 
 class Parser(argparse.ArgumentParser):
@@ -1034,15 +1036,17 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, script, description):
         name = Path(script).name
         super().__init__(prog=name, description=description, formatter_class=self.Formatter)
-        self.register("action", "onoff", argparse.BooleanOptionalAction)
+        self.register("action", "onoff", argparse.BooleanOptionalAction)  # --flag and --no-flag
 
     def parse_known_args(self, argv=None, namespace=None):
         """First refuses empty values, which come from shell variables that are not set."""
+        words = sys.argv[1:] if argv is None else argv
         flag = "argument"
-        for word in sys.argv[1:] if argv is None else argv:
-            if word.startswith("--"):
+        for word in words:
+            is_flag = word.startswith("--")
+            if is_flag:
                 flag = word
-            if not word.strip() or (word.startswith("--") and word.endswith("=")):
+            if not word.strip() or (is_flag and word.endswith("=")):
                 self.error(f"{flag}: the value is empty; is a variable not set?")
         return super().parse_known_args(argv, namespace)
 
