@@ -369,7 +369,7 @@ class DiT(nn.Module):
                 nn.init.zeros_(module.linear.weight)
 
         patch = self.x_embedder.proj
-        nn.init.xavier_uniform_(patch.weight.view(patch.out_channels, -1))
+        nn.init.xavier_uniform_(patch.weight.flatten(1))
         nn.init.zeros_(patch.bias)
 
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
@@ -718,8 +718,8 @@ class NoiseDiT(DiT):
         table = torch.tensor(schedule, dtype=torch.float64)           # [1000, fields]
         self.register_buffer("schedule", table, persistent=False)
         steps = DDPMStep(*table.T)
-        log_snr = 2 * (steps.alpha / steps.sigma).log()               # [1000]
-        self.register_buffer("log_snr", log_snr, persistent=False)
+        logit_t = -(steps.alpha / steps.sigma).log()                  # [1000], rising
+        self.register_buffer("logit_t", logit_t, persistent=False)
 
     def steps_at(self, k):
         """Returns the DDPMStep of timesteps k [N], int64. Its fields are fp32 [N, 1, 1, 1]."""
@@ -728,21 +728,20 @@ class NoiseDiT(DiT):
         return DDPMStep(*fields)
 
     def timestep(self, t):
-        """Returns the timesteps [N] of times t [N], which are interpolated in log-SNR."""
-        log_snr = -2 * t.double().logit()
-        # minus signs, because searchsorted needs rising numbers
-        i = torch.searchsorted(-self.log_snr, -log_snr).clamp(1, 999)
-        left = self.log_snr[i - 1]
-        right = self.log_snr[i]
-        share = (left - log_snr) / (left - right)
+        """Returns the timesteps [N] of times t [N], interpolated in logit t = -log-SNR / 2."""
+        logit_t = t.double().logit()
+        i = torch.searchsorted(self.logit_t, logit_t).clamp(1, 999)
+        left = self.logit_t[i - 1]
+        right = self.logit_t[i]
+        share = (logit_t - left) / (right - left)
         return (i - 1 + share.clamp(0, 1)).float()
 
     def control_time(self, k):
         """Returns the t of flow matching at the timesteps k [N]: the inverse of `timestep`."""
         left = k.long()
         right = (left + 1).clamp(max=999)
-        log_snr = torch.lerp(self.log_snr[left], self.log_snr[right], k.double() - left)
-        return torch.sigmoid(-log_snr / 2).float()
+        logit_t = torch.lerp(self.logit_t[left], self.logit_t[right], k.double() - left)
+        return torch.sigmoid(logit_t).float()
 
     def predict(self, x_k, k, y, **options):
         """Returns eps and the variance's channels, [N, 2 C, H, W], of x_k at timesteps k [N].

@@ -70,7 +70,7 @@ from torch.utils.data import Dataset, default_convert
 from tqdm import tqdm
 
 import files
-from files import COUNT, UserError, explaining, number
+from files import COUNT, UserError, at_least_1, explaining, number
 
 # ---- one batch: pixels -> latents and targets
 
@@ -1364,14 +1364,14 @@ def parse_args(argv=None):
         help="also encode K random squares")
     add("--seed", type=files.seed_number, default=0,
         help="seed of the random squares")
-    add("--limit", type=number(int, 1),
+    add("--limit", type=at_least_1,
         help="take only this many images, evenly spread over the source")
     add("--skip-bad", action="store_true",
         help="leave unreadable images out instead of stopping")
     add = parser.add_argument_group("autoencoder and encoder").add_argument
     add("--vae", default="stabilityai/sd-vae-ft-mse",
         help="autoencoder: a hub repository, a folder, a file, or none to use pixels as latents")
-    add("--patch", type=number(int, 1), default=2,
+    add("--patch", type=at_least_1, default=2,
         help="patch size of the models to train, which decides the number of targets")
     add("--encoder", default="vit_base_patch14_dinov2.lvd142m",
         help="a ViT of timm, hog, none, or several with commas between")

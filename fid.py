@@ -88,20 +88,14 @@ class InceptionV3(inception.Inception3):
         The first are pooled, the second are spatial.
         """
         x = (tf1_resize(images, 299) - 128) / 128                     # [N, 3, 299, 299]
-        for layer in (self.Conv2d_1a_3x3, self.Conv2d_2a_3x3, self.Conv2d_2b_3x3, self.maxpool1):
-            x = layer(x)                                              # [N, 64, 73, 73]
-        for layer in (self.Conv2d_3b_1x1, self.Conv2d_4a_3x3, self.maxpool2):
-            x = layer(x)                                              # [N, 192, 35, 35]
-        for block in (self.Mixed_5b, self.Mixed_5c, self.Mixed_5d):
-            x = block(x)                                              # [N, 288, 35, 35]
-        for block in (self.Mixed_6a, self.Mixed_6b, self.Mixed_6c, self.Mixed_6d):
-            x = block(x)                                              # [N, 768, 17, 17]
-
-        # The first 7 channels belong to Mixed_6d.branch1x1. ADM's sigma_s has them in NHWC order.
-        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)             # [N, 17 * 17 * 7]
-        for block in (self.Mixed_6e, self.Mixed_7a, self.Mixed_7b, self.Mixed_7c):
-            x = block(x)                                              # [N, 2048, 8, 8]
-        return x.mean((2, 3)), spatial
+        for name, layer in self.named_children():  # in the order of the network
+            if name == "avgpool":  # Mixed_7c was the last block
+                break
+            x = layer(x)
+            if name == "Mixed_6d":                                    # x: [N, 768, 17, 17]
+                # the first 7 channels belong to branch1x1; ADM's sigma_s has them in NHWC order
+                spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)     # [N, 17 * 17 * 7]
+        return x.mean((2, 3)), spatial                                # x: [N, 2048, 8, 8]
 
 
 def repool(block, inputs, output):
@@ -318,12 +312,12 @@ def monge_distance(reference, samples, lines=1000):
     for x in (reference, samples):
         if len(x) > n:
             x = x[torch.randperm(len(x), generator=generator)[:n]]
-        sets.append(x.float())
-    directions = torch.randn(lines, d, generator=generator).to(sets[0].device)
+        sets.append(x)
+    reference, samples = sets
+    directions = torch.randn(lines, d, generator=generator).to(reference)
     directions = torch.nn.functional.normalize(directions)            # [lines, D]
 
     # In one dimension the best transport joins the i-th smallest numbers of both sets.
-    reference, samples = sets
     total = 0
     for block in directions.split(50):  # 50 lines of 50,000 images take 10 MB
         sorted_reference = (block @ reference.T).sort().values        # [50, n]
@@ -417,10 +411,9 @@ def measure(source, space, model, args, rank, world):
 def compare(reference, samples, model, args):
     """Returns the metrics of two Measured by name, with None where one lacks what is needed."""
     results = dict.fromkeys(METRICS)
-    for kind in reference.statistics:
+    for kind, gaussian in reference.statistics.items():
         if kind in samples.statistics:
-            mu, sigma = reference.statistics[kind]
-            results[kind] = frechet_distance(mu, sigma, *samples.statistics[kind])
+            results[kind] = frechet_distance(*gaussian, *samples.statistics[kind])
     if samples.features and args.features == "inception":
         logits = samples.features["fid"] @ model.fc.weight.T  # without bias, as in ADM
         results["inception_score"] = inception_score(logits)
@@ -462,9 +455,7 @@ def subset(measured, rows):
 def report(sources, measured, model, weights, args, world):
     """Compares every set of samples with the reference, the first. Writes --json, then prints."""
     reference, *sets = measured
-    rows = []
-    for samples in sets:
-        rows.append(compare(reference, samples, model, args))
+    rows = [compare(reference, samples, model, args) for samples in sets]
     distances = "fp32" if args.fp32_distances else "fp16 rounding as ADM"
     how = {
         "features": {"network": model.name, "weights_sha256": weights},
@@ -888,8 +879,6 @@ def explaining(what, remedy="is the file complete? copy or download it again", e
     """Turns what a decoder of a user's file raises, ten types and more, into a UserError."""
     try:
         yield
-    except UserError:
-        raise
     except errors as error:
         reason = " ".join(str(error).split())[:200]  # PyTorch's messages go on for many lines
         kind = type(error).__name__

@@ -1082,4 +1082,8 @@ def model_name(text):
     return text
 
 
-seed_number = number(int, 0, 2**32 - 1)  # an argparse type: NumPy's seeds have words of 32 bits
+# argparse types
+at_least_1 = number(int, 1)
+positive = number(float, above=0)
+fraction = number(float, 0, below=1)
+seed_number = number(int, 0, 2**32 - 1)  # NumPy's seeds have words of 32 bits

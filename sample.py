@@ -45,7 +45,7 @@ from tqdm import tqdm
 import dit
 import files
 from extract_features import load_autoencoder, per_channel, spread
-from files import UserError, number
+from files import UserError, at_least_1, number
 
 # ---- samplers
 # They are functions of model(x, t), a start x and a list of times; t is a float. (MeanFlow's model
@@ -349,7 +349,7 @@ def choose_labels(labels, indices, classes, seed):
     else:
         if labels != "balanced":
             classes = labels
-        chosen = [classes[int(i) % len(classes)] for i in indices]
+        chosen = [classes[i % len(classes)] for i in indices]
     return torch.tensor(chosen, dtype=torch.int64)
 
 
@@ -388,7 +388,7 @@ def decode(latents, autoencoder, data, indices=None):
     latents = latents / scale + shift  # the inverse of CachedFeatures.latents
     images = autoencoder.decode(latents.float())                      # [N, 3, H, W]
     finite = images.isfinite().flatten(1).all(1).tolist()
-    indices = range(len(images)) if indices is None else indices
+    indices = indices or range(len(images))
     bad = [str(i) for i, good in zip(indices, finite, strict=True) if not good]
     if bad:
         raise UserError(
@@ -469,7 +469,7 @@ def sample_images(args):
     parts = {}  # the file of each range of indices
     missing = []
     for start in range(0, args.num, args.batch_size):
-        indices = range(start, min(start + args.batch_size, args.num))
+        indices = range(args.num)[start : start + args.batch_size]
         parts[indices] = folder / f"{start:08d}.safetensors"
         if not part_is_whole(parts[indices], indices, side):
             missing.append(indices)
@@ -812,7 +812,7 @@ def parse_args(argv=None):
         help="says where an official file is from, if its layout does not show it")
     add("--vae",
         help="by default that of the cache; REPA's numbers need stabilityai/sd-vae-ft-ema")
-    add("--batch-size", type=number(int, 1), default=64,
+    add("--batch-size", type=at_least_1, default=64,
         help="images that each process draws at once")
     add("--precision", choices=["fp32", "bf16"], default="bf16" if cuda else "fp32",
         help="precision of the network; x itself is kept in float64")

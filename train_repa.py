@@ -22,6 +22,7 @@ Shapes in the right margin: N batch, C, H, W of the latents, T tokens, D width, 
 """
 
 from copy import deepcopy
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
@@ -36,7 +37,7 @@ import dit
 import files
 import sample
 from extract_features import CachedFeatures, extract_digits, load_autoencoder
-from files import UserError, number
+from files import UserError, at_least_1, fraction, number, positive
 
 NAME = Path(__file__).stem.removeprefix("train_")
 
@@ -56,33 +57,33 @@ def parse_args(argv=None):
         help="seed of weights, order and noise")
     add("--workers", type=number(int, 0, 256),
         help="processes that read the cache (default: 4 with targets, otherwise 0)")
-    add("--log-every", type=number(int, 1), default=50,
+    add("--log-every", type=at_least_1, default=50,
         help="steps between rows of log.jsonl")
     add("--sample-every", type=number(int, 0), default=10_000,
         help="steps between previews; 0 for none")
-    add("--save-every", type=number(int, 1), default=10_000,
+    add("--save-every", type=at_least_1, default=10_000,
         help="steps between checkpoints; one is also saved with every preview")
-    add("--keep-every", type=number(int, 1), default=50_000,
+    add("--keep-every", type=at_least_1, default=50_000,
         help="steps between snapshots STEP.pt, which are kept")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--steps", type=number(int, 1), default=400_000,
+    add("--steps", type=at_least_1, default=400_000,
         help="optimiser steps")
-    add("--batch-size", type=number(int, 1), default=256,
+    add("--batch-size", type=at_least_1, default=256,
         help="images per step, over all processes")
-    add("--micro-batch", type=number(int, 1),
+    add("--micro-batch", type=at_least_1,
         help="images that a process handles at once (default: its whole share of the batch)")
     add("--lr", type=number(float, 0, 100), default=1e-4,
         help="learning rate of AdamW")
     add("--warmup", type=number(int, 0), default=0,
         help="steps over which the learning rate rises to --lr")
-    add("--beta2", type=number(float, 0, below=1), default=0.999,
+    add("--beta2", type=fraction, default=0.999,
         help="AdamW's second beta")
     add("--clip", type=number(float, 0), default=1.0,
         help="largest norm of the gradient; 0 switches clipping off")
-    add("--ema", type=number(float, 0, below=1), default=0.9999,
+    add("--ema", type=fraction, default=0.9999,
         help="decay of the averaged weights, per step")
-    add("--label-drop", type=number(float, 0, below=1), default=0.1,
+    add("--label-drop", type=fraction, default=0.1,
         help="probability of replacing the label of an image by the null class, for guidance")
     add("--time-normal", type=number(float, -20, 20), nargs=2, metavar=("MEAN", "STD"),
         help="draw logit t, for SD-DiT ln sigma, from N(MEAN, STD^2) (default: t is uniform;"
@@ -100,7 +101,7 @@ def parse_args(argv=None):
         help="normalise queries and keys")
     add("--control", choices=["none", "constant", "cosine"], default="none",
         help="condition on original size, crop and flip; how the weight of the size depends on t")
-    add("--control-alpha", type=number(float, above=0), default=1.0,
+    add("--control-alpha", type=positive, default=1.0,
         help="exponent of the cosine weight")
     add("--control-drop", type=number(float, 0, 1), default=0.1,
         help="probability of dropping the control of an image")
@@ -111,7 +112,7 @@ def parse_args(argv=None):
     add("--pos-base", type=number(int, 1, 10**4),
         help="side of the grid that the position table is stretched over; a smaller one"
              " interpolates (default: the model's own grid, or with --init the checkpoint's)")
-    add("--time-shift", type=number(float, above=0),
+    add("--time-shift", type=positive,
         help="a value above 1 shifts the training times towards noise, for a higher resolution"
              " (default: 1, or with --init the ratio of the sides)")
 
@@ -130,7 +131,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("repa").add_argument
     add("--repa-weight", type=number(float, 0), default=0.5,
         help="lambda; 0 trains the plain SiT and reads no targets")
-    add("--repa-depth", type=number(int, 1), nargs="+", metavar="BLOCK",
+    add("--repa-depth", type=at_least_1, nargs="+", metavar="BLOCK",
         help="block whose tokens are aligned, counted from 1, or several (default: 4 for S and B, 8"
              " for larger models, 2 for nano)")
     digits["repa_weight"] = 2.0  # with HOG targets, the weight 0.5 has almost no effect
@@ -284,7 +285,7 @@ def mean_tokens(model, cache, batch, t):
     x = cache.latents(batch["moments"])
     eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     x_t = (1 - t) * x + t * eps
-    times = torch.full((len(x),), t).to(x)
+    times = x.new_full((len(x),), t)
     blocks = range(1, len(model.blocks) + 1)
     means = []
     for start in range(0, len(x), 32):  # in parts, because the tokens of all blocks take memory
@@ -351,16 +352,13 @@ def draw_noise(args, model, mine, step, device):
     side = model.grid * model.patch_size
     latent_shape = (args.batch_size, model.in_channels, side, side)
 
-    def randn(*shape):
-        return torch.randn(*shape, generator=generator, device=device)
-
-    def rand(*shape):
-        return torch.rand(*shape, generator=generator, device=device)
+    randn = partial(torch.randn, generator=generator, device=device)
+    rand = partial(torch.rand, generator=generator, device=device)
 
     noise = {
-        "vae_noise": randn(*latent_shape),
+        "vae_noise": randn(latent_shape),
         "uniform": rand(args.batch_size),  # the method turns these into times
-        "eps": randn(*latent_shape),
+        "eps": randn(latent_shape),
         "drop": rand(args.batch_size) < model.y_embedder.dropout_prob,
     }
     if args.control != "none":
@@ -406,9 +404,9 @@ def prepare(args, world):
         config |= inherited
     # these flags override --init; in a resumed run they change nothing, because read_run has
     # compared them
-    if args.pos_base is not None:
+    if args.pos_base:
         config["pos_base"] = args.pos_base
-    if args.time_shift is not None:
+    if args.time_shift:
         config["time_shift"] = args.time_shift
     files.check_memory(config, args.micro_batch or args.batch_size // world, args)
     return cache, config, checkpoint, init
@@ -489,8 +487,8 @@ def train(args):
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 losses = ddp_objective(**part)
             (losses["loss"] / accumulation).backward()
-            micro_losses = torch.stack([loss.detach() for loss in losses.values()])
-            step_losses = step_losses + micro_losses / accumulation
+            micro_losses = torch.stack([*losses.values()]).detach()
+            step_losses += micro_losses / accumulation
 
         # 3. optimiser step
         warmed = min((step + 1) / max(args.warmup, 1), 1)  # rises to 1 over the warm-up

@@ -37,6 +37,7 @@ B bottleneck, M tokens.
 """
 
 from copy import deepcopy
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
@@ -51,7 +52,7 @@ import dit
 import files
 import sample
 from extract_features import CachedFeatures, extract_digits, load_autoencoder
-from files import UserError, number
+from files import UserError, at_least_1, fraction, number, positive
 
 # >>> sddit
 from torch.utils.checkpoint import checkpoint as recompute  # gradient checkpointing
@@ -76,33 +77,33 @@ def parse_args(argv=None):
         help="seed of weights, order and noise")
     add("--workers", type=number(int, 0, 256),
         help="processes that read the cache (default: 4 with targets, otherwise 0)")
-    add("--log-every", type=number(int, 1), default=50,
+    add("--log-every", type=at_least_1, default=50,
         help="steps between rows of log.jsonl")
     add("--sample-every", type=number(int, 0), default=10_000,
         help="steps between previews; 0 for none")
-    add("--save-every", type=number(int, 1), default=10_000,
+    add("--save-every", type=at_least_1, default=10_000,
         help="steps between checkpoints; one is also saved with every preview")
-    add("--keep-every", type=number(int, 1), default=50_000,
+    add("--keep-every", type=at_least_1, default=50_000,
         help="steps between snapshots STEP.pt, which are kept")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--steps", type=number(int, 1), default=400_000,
+    add("--steps", type=at_least_1, default=400_000,
         help="optimiser steps")
-    add("--batch-size", type=number(int, 1), default=256,
+    add("--batch-size", type=at_least_1, default=256,
         help="images per step, over all processes")
-    add("--micro-batch", type=number(int, 1),
+    add("--micro-batch", type=at_least_1,
         help="images that a process handles at once (default: its whole share of the batch)")
     add("--lr", type=number(float, 0, 100), default=1e-4,
         help="learning rate of AdamW")
     add("--warmup", type=number(int, 0), default=0,
         help="steps over which the learning rate rises to --lr")
-    add("--beta2", type=number(float, 0, below=1), default=0.999,
+    add("--beta2", type=fraction, default=0.999,
         help="AdamW's second beta")
     add("--clip", type=number(float, 0), default=1.0,
         help="largest norm of the gradient; 0 switches clipping off")
-    add("--ema", type=number(float, 0, below=1), default=0.9999,
+    add("--ema", type=fraction, default=0.9999,
         help="decay of the averaged weights, per step")
-    add("--label-drop", type=number(float, 0, below=1), default=0.1,
+    add("--label-drop", type=fraction, default=0.1,
         help="probability of replacing the label of an image by the null class, for guidance")
     add("--time-normal", type=number(float, -20, 20), nargs=2, metavar=("MEAN", "STD"),
         help="draw logit t, for SD-DiT ln sigma, from N(MEAN, STD^2) (default: t is uniform;"
@@ -120,7 +121,7 @@ def parse_args(argv=None):
         help="normalise queries and keys")
     add("--control", choices=["none", "constant", "cosine"], default="none",
         help="condition on original size, crop and flip; how the weight of the size depends on t")
-    add("--control-alpha", type=number(float, above=0), default=1.0,
+    add("--control-alpha", type=positive, default=1.0,
         help="exponent of the cosine weight")
     add("--control-drop", type=number(float, 0, 1), default=0.1,
         help="probability of dropping the control of an image")
@@ -131,7 +132,7 @@ def parse_args(argv=None):
     add("--pos-base", type=number(int, 1, 10**4),
         help="side of the grid that the position table is stretched over; a smaller one"
              " interpolates (default: the model's own grid, or with --init the checkpoint's)")
-    add("--time-shift", type=number(float, above=0),
+    add("--time-shift", type=positive,
         help="a value above 1 shifts the training times towards noise, for a higher resolution"
              " (default: 1, or with --init the ratio of the sides)")
 
@@ -148,7 +149,6 @@ def parse_args(argv=None):
     }
     # >>> sddit
     add = parser.add_argument_group("sddit").add_argument
-    positive = number(float, above=0)
     add("--mask-ratio", type=number(float, 0, 1), default=0.2,
         help="share of the student's patches that are masked")
     add("--sd-weight", type=number(float, 0), default=1.0,
@@ -209,9 +209,9 @@ def discriminative_loss(a_student, a_teacher, center, tau_s, tau_t):
     return logits.logsumexp(-1) - (p_teacher * logits).sum(-1), p_teacher
 
 
-def teacher_temperature(epoch, first=0.09, last=0.099, epochs=5):
-    """Linear from `first` in epoch 0 to `last` in epoch `epochs` - 1, then constant."""
-    return first + (last - first) * min(epoch / (epochs - 1), 1)
+def teacher_temperature(epoch, first=0.09, last=0.099):
+    """Linear from `first` in epoch 0 to `last` in epoch 4, the fifth, then constant."""
+    return first + (last - first) * min(epoch / 4, 1)
 
 
 def teacher_momentum(step, steps, first=0.996, last=0.999):
@@ -273,7 +273,7 @@ class Objective(nn.Module):
 
         sizes = {}
         if args.model.startswith("nano/"):
-            sizes = dict(NANO_HEAD)
+            sizes |= NANO_HEAD
         if args.prototypes:
             sizes["prototypes"] = args.prototypes
         self.head = Head(model.hidden_size, **sizes)
@@ -413,10 +413,9 @@ class Objective(nn.Module):
             self.total_steps = self.schedule_steps.item()
         m = teacher_momentum(min(step, self.total_steps), self.total_steps, *self.momenta)
         for teacher, student in ((self.teacher, self.model), (self.teacher_head, self.head)):
-            trained = dict(student.named_parameters())
-            names = [name for name, _ in teacher.named_parameters()]  # without the decoder's
-            current = [trained[name] for name in names]
-            torch._foreach_lerp_([*teacher.parameters()], current, 1 - m)
+            averaged = dict(teacher.named_parameters())  # without the decoder's
+            current = [student.get_parameter(name) for name in averaged]
+            torch._foreach_lerp_([*averaged.values()], current, 1 - m)
 
     def warn(self, row):
         """Announces a uniform collapse that a row of the log shows, without breaking the bar."""
@@ -477,16 +476,13 @@ def draw_noise(args, model, mine, step, device):
     side = model.grid * model.patch_size
     latent_shape = (args.batch_size, model.in_channels, side, side)
 
-    def randn(*shape):
-        return torch.randn(*shape, generator=generator, device=device)
-
-    def rand(*shape):
-        return torch.rand(*shape, generator=generator, device=device)
+    randn = partial(torch.randn, generator=generator, device=device)
+    rand = partial(torch.rand, generator=generator, device=device)
 
     noise = {
-        "vae_noise": randn(*latent_shape),
+        "vae_noise": randn(latent_shape),
         "uniform": rand(args.batch_size),  # the method turns these into times
-        "eps": randn(*latent_shape),
+        "eps": randn(latent_shape),
         "drop": rand(args.batch_size) < model.y_embedder.dropout_prob,
     }
     if args.control != "none":
@@ -538,9 +534,9 @@ def prepare(args, world):
         config |= inherited
     # these flags override --init; in a resumed run they change nothing, because read_run has
     # compared them
-    if args.pos_base is not None:
+    if args.pos_base:
         config["pos_base"] = args.pos_base
-    if args.time_shift is not None:
+    if args.time_shift:
         config["time_shift"] = args.time_shift
     files.check_memory(config, args.micro_batch or args.batch_size // world, args)
     return cache, config, checkpoint, init
@@ -624,8 +620,8 @@ def train(args):
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 losses = ddp_objective(**part)
             (losses["loss"] / accumulation).backward()
-            micro_losses = torch.stack([loss.detach() for loss in losses.values()])
-            step_losses = step_losses + micro_losses / accumulation
+            micro_losses = torch.stack([*losses.values()]).detach()
+            step_losses += micro_losses / accumulation
 
         # 3. optimiser step
         warmed = min((step + 1) / max(args.warmup, 1), 1)  # rises to 1 over the warm-up
