@@ -67,6 +67,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import Dataset, default_convert
+from torchvision.transforms import Normalize
 from tqdm import tqdm
 
 import files
@@ -134,19 +135,20 @@ class CachedFeatures(Dataset):
 
     def __init__(self, path, targets=True, control=True):
         self.arguments = (path, targets, control)
-        self.meta = read_meta(Path(path))
-        self.views = self.meta["views"]
+        meta = read_meta(Path(path))
+        self.meta = meta
+        self.views = meta["views"]
         self.names = ["moments", "labels"]
         if control:
             self.names.append("control")
         if targets:
             self.names.append("targets")
-            if not self.meta["target_widths"]:
+            if not meta["target_widths"]:
                 raise UserError(f"{path}: the cache has no targets; extract it with an --encoder")
 
         self.shards = []  # for each file a dict of arrays, with a row for each view of an image
-        for numbers in chunks(range(self.meta["count"]), self.meta["shard"]):
-            tensors = open_shard(shard_file(path, numbers.start), self.meta)
+        for numbers in chunks(range(meta["count"]), meta["shard"]):
+            tensors = open_shard(shard_file(path, numbers.start), meta)
             labels = tensors["labels"].view(-1, 1)                   # [n, 1]
             tensors["labels"] = labels.expand(-1, self.views)        # [n, V], as all others
             arrays = {}
@@ -158,9 +160,9 @@ class CachedFeatures(Dataset):
         self.starts = np.cumsum(lengths) - lengths  # the first item of each file
         one_per_image = [shard["labels"][:: self.views] for shard in self.shards]
         self.labels = np.concatenate(one_per_image)
-        self.meta["images"] = len(self.labels)
-        all_labels = range(len(self.meta["classes"]))
-        self.meta["empty_classes"] = np.setdiff1d(all_labels, self.labels).tolist()
+        meta["images"] = len(self.labels)
+        all_labels = range(len(meta["classes"]))
+        meta["empty_classes"] = np.setdiff1d(all_labels, self.labels).tolist()
 
     def loader(self, order, workers=None, device="cpu"):
         """Yields a batch on `device` for each array of indices in `order`.
@@ -171,9 +173,14 @@ class CachedFeatures(Dataset):
         """
         if workers is None:
             workers = min(4, os.cpu_count()) if "targets" in self.names else 0
-        pin = torch.device(device).type == "cuda"
-        options = {"batch_sampler": order, "collate_fn": to_batch, "pin_memory": pin}
-        for batch in files.read_ahead(self, workers, **options):
+        batches = files.read_ahead(
+            self,
+            workers,
+            batch_sampler=order,
+            collate_fn=to_batch,
+            pin_memory=torch.cuda.is_available(),
+        )
+        for batch in batches:
             yield {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
     def latents(self, moments, vae_noise=0):
@@ -323,9 +330,13 @@ def extract(args, missing, source, autoencoder, encoder, rank, device):
         batches += chunks(file_range, args.batch_size)
     loader = files.read_ahead(DecodedImages(source, args), args.workers, batch_sampler=batches)
     pause = 0.1 if sys.stderr.isatty() else 30  # seconds between two states of the bar
-    total = sum(map(len, missing))
-    silent = rank > 0 or not missing
-    bar = tqdm(total=total, unit="img", disable=silent, mininterval=pause, miniters=1)
+    bar = tqdm(
+        total=sum(map(len, missing)),
+        unit="img",
+        disable=rank > 0 or not missing,
+        mininterval=pause,
+        miniters=1,
+    )
     ignored = torch.zeros(2, dtype=torch.int64)  # EXIF rotations, transparency
     last_write = None
     with bar, ThreadPoolExecutor(1) as writer:  # writes a file while the next one is encoded
@@ -340,11 +351,10 @@ def extract(args, missing, source, autoencoder, encoder, rank, device):
                 parts.append(loaded | encoded)  # loaded: index, labels, control, readable
                 bar.update(len(numbers))
 
-            tensors = join(parts)
             if last_write:
                 last_write.result()  # waits, and raises the error of the file before
             path = shard_file(args.out, file_range.start)
-            last_write = writer.submit(files.write_tensors, path, tensors)
+            last_write = writer.submit(files.write_tensors, path, join(parts))
         if last_write:
             last_write.result()
     return ignored
@@ -518,7 +528,7 @@ class HOG:
 
     def __call__(self, images):                                      # [N, 3, H, W]
         grey = images.float().mean(1, keepdim=True) / 255
-        grey = F.pad(grey, (1, 1, 1, 1), mode="replicate")
+        grey = F.pad(grey, [1] * 4, mode="replicate")
         dx = (grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2]) / 2        # [N, 1, H, W]
         dy = (grey[..., 2:, 1:-1] - grey[..., :-2, 1:-1]) / 2
         angle = torch.atan2(dy, dx).remainder(torch.pi)
@@ -532,7 +542,7 @@ class HOG:
 
         # the vector of a cell: its own histogram, those of its neighbours, and the constant
         cells = F.avg_pool2d(votes, images.shape[-1] // self.grid)   # [N, bins, G, G]
-        cells = F.pad(cells, (1, 1, 1, 1), mode="replicate")
+        cells = F.pad(cells, [1] * 4, mode="replicate")
         vectors = F.unfold(cells, 3).mT                              # [N, T, 9 bins]
         vectors = F.pad(vectors, (0, 1), value=self.constant)
         return F.normalize(vectors, dim=-1)                          # [N, T, E]
@@ -546,22 +556,21 @@ class ViT:
     register tokens are dropped. Raises UserError if the weights cannot be had.
     """
 
-    def __init__(self, name, grid, file=None, device="cpu"):
+    def __init__(self, name, grid, file, device):
         self.side = grid * patch_size(name)
         self.model = load_vit(name, self.side, file).to(device).eval().requires_grad_(False)
         self.widths = [self.model.embed_dim]
         self.final_norm = not (".mae" in name or "_clip_" in name)  # as in REPA's code
         config = timm.data.resolve_model_data_config(self.model)
-        self.mean = torch.tensor(config["mean"], device=device).view(3, 1, 1)
-        self.std = torch.tensor(config["std"], device=device).view(3, 1, 1)
+        self.normalize = Normalize(config["mean"], config["std"])
         # if the tokens do not form the grid, this fails now and not at the first batch
         with explaining_vit(name):
             black = torch.zeros(1, 3, 8, 8, device=device)
             self(black).view(grid**2, self.model.embed_dim)
 
     def __call__(self, images):                                      # [N, 3, H, W]
-        x = (images.float() / 255 - self.mean) / self.std
-        x = F.interpolate(x, size=(self.side, self.side), mode="bicubic")
+        x = self.normalize(images.float() / 255)
+        x = F.interpolate(x, self.side, mode="bicubic")
         with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
             [tokens] = self.model.forward_intermediates(
                 x,
@@ -573,7 +582,7 @@ class ViT:
         return tokens.float()                                        # [N, T, E]
 
 
-def load_vit(name, side, file=None):
+def load_vit(name, side, file):
     """Returns a timm ViT for images of `side` pixels, with the hub's weights or those of a file."""
     options = {"pretrained": True, "num_classes": 0, "img_size": side}
     if file is None:
@@ -633,7 +642,7 @@ def image_views(image, size, flip, crops, rng):
         views.append(ImageOps.mirror(center))
         control.append((h0, w0, top, left, short, short, True))
     for _ in range(crops):
-        side = max(1, round(short * rng.uniform(0.4, 1) ** 0.5))
+        side = round(short * rng.uniform(0.4, 1) ** 0.5)
         top = rng.integers(h0 - side, endpoint=True)
         left = rng.integers(w0 - side, endpoint=True)
         square = image.crop((left, top, left + side, top + side))
@@ -655,14 +664,13 @@ def center_crop(image, size):
     with BICUBIC, and crops. Raises ValueError if a narrow image would become larger than memory.
     """
     while min(image.size) >= 2 * size:
-        half = (image.width // 2, image.height // 2)
-        image = image.resize(half, Image.Resampling.BOX)
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
     width = round(image.width * scale)
     height = round(image.height * scale)
     if width * height > MOST_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels become {width} x {height}")
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    image = image.resize((width, height), Image.BICUBIC)
     left = (width - size) // 2
     top = (height - size) // 2
     return image.crop((left, top, left + size, top + size))
@@ -675,7 +683,7 @@ def to_rgb(image):
     """
     # older versions of Pillow open a 16-bit PNG in mode I
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        grey = np.asarray(image).astype(np.int32)
+        grey = np.asarray(image, np.int32)
         grey = (grey + 128) // 257  # 65535 becomes 255
         image = Image.fromarray(grey.astype(np.uint8))
     elif image.mode in ("I", "F"):
@@ -840,9 +848,12 @@ def levels(widths, types, depth, groups):
         level = Level(c_in, c_out, depth, num_attentions, groups)
         if len(network) < len(widths) - 1:
             if "Down" in block_type:
-                level.downsamplers.append(downsample(c_out))
+                pad = nn.ZeroPad2d((0, 1, 0, 1))
+                conv = nn.Conv2d(c_out, c_out, 3, stride=2)
+                level.downsamplers.append(sequence(pad=pad, conv=conv))
             else:
-                level.upsamplers.append(upsample(c_out))
+                nearest = nn.Upsample(scale_factor=2.0)
+                level.upsamplers.append(sequence(upsample=nearest, conv=conv3x3(c_out, c_out)))
         network.append(level)
         c_in = c_out
     return network
@@ -874,12 +885,7 @@ class Level(nn.Module):
         return self.upsamplers(self.downsamplers(x))
 
 
-def downsample(c):
-    return sequence(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2))
 
-
-def upsample(c):
-    return sequence(upsample=nn.Upsample(scale_factor=2.0), conv=conv3x3(c, c))
 
 
 class ResnetBlock(nn.Module):
@@ -889,9 +895,7 @@ class ResnetBlock(nn.Module):
         self.conv1 = conv3x3(c_in, c_out)
         self.norm2 = group_norm(c_out, groups)
         self.conv2 = conv3x3(c_out, c_out)
-        self.conv_shortcut = nn.Identity()
-        if c_in != c_out:
-            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -944,7 +948,7 @@ def load_autoencoder(name, device="cpu"):
     wanted = "diffusion_pytorch_model.safetensors"
     path = Path(name)
     if path.is_dir():
-        path = path / wanted
+        path /= wanted
     elif not path.is_file():
         remedy = f"pass a folder or file with its {wanted}, or --vae none for pixels; {OFFLINE}"
         with explaining(f"--vae {name}: cannot be downloaded", remedy):
@@ -960,7 +964,7 @@ def load_autoencoder(name, device="cpu"):
     remedy = "pass an AutoencoderKL of diffusers with all its entries"
     with explaining(f"--vae {name}: config.json does not describe a known autoencoder", remedy):
         if config_file.exists():
-            entries = dict(json.loads(config_file.read_text()))
+            entries = json.loads(config_file.read_text())
         autoencoder = AutoencoderKL(entries)
 
     weights = read_weights(path)
@@ -1096,8 +1100,7 @@ def open_shard(path, meta):
             if list(values.shape[1:]) != shape or values.dtype != dtype:
                 raise ValueError(f"{name} is {values.dtype} {list(values.shape)}")
         classes = len(meta["classes"])
-        labels = tensors["labels"]
-        if ((labels < 0) | (labels >= classes)).any():
+        if np.setdiff1d(tensors["labels"], range(classes)).size:
             raise ValueError(f"labels that are none of {classes} classes")
     return tensors
 
@@ -1185,7 +1188,7 @@ class Images:
             if entries is None:
                 return number_classes(np.zeros(len(self.names), int))
             labels = dict(entries)
-            unpaired = labels.keys() ^ set(self.names)
+            unpaired = labels.keys() ^ self.names
             if unpaired:
                 raise ValueError(f"{min(unpaired)} is not listed, or not there")
             return number_classes(np.array([labels[name] for name in self.names]))
@@ -1283,7 +1286,7 @@ def class_folders(source, names, listed):
     """
     deep = [name for name in names if name.count("/") > 1]
     if deep:
-        hint = pass_folder(source, os.path.dirname(os.path.dirname(deep[0])))
+        hint = pass_folder(source, Path(deep[0]).parent.parent)
         raise UserError(f"--data {source}: {deep[0]} lies deeper than class/file; {hint}")
     labels = []
     label_of = {}  # class -> label, in order, because the images are sorted
@@ -1325,7 +1328,7 @@ def read_npz(path):
         is_rgb = pixels.ndim == 4 and pixels.shape[3] == 3
         if pixels.dtype != np.uint8 or not is_rgb or pixels.size == 0:
             raise ValueError(f"arr_0 is {pixels.dtype} {list(pixels.shape)}")
-        labels = archive["arr_1"] if "arr_1" in archive else np.zeros(len(pixels), np.int64)
+        labels = archive.get("arr_1", np.zeros(len(pixels), int))
         if labels.shape != pixels.shape[:1]:
             raise ValueError(f"arr_1 is {labels.dtype} {list(labels.shape)}")
         return pixels, *number_classes(labels)

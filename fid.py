@@ -783,14 +783,13 @@ def center_crop(image, size):
     Raises ValueError if it is so narrow that the resized image would fill the memory.
     """
     while min(image.size) >= 2 * size:
-        half = (image.width // 2, image.height // 2)
-        image = image.resize(half, Image.Resampling.BOX)
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
     width = round(image.width * scale)
     height = round(image.height * scale)
     if width * height > MOST_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels would become {width} x {height}")
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    image = image.resize((width, height), Image.BICUBIC)
     left = (width - size) // 2
     top = (height - size) // 2
     return image.crop((left, top, left + size, top + size))

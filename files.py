@@ -174,9 +174,9 @@ def refuse_other_files(folder):
     """Raises UserError if the folder of a new run holds files, except pictures and .npz files."""
     if folder.is_file():
         raise UserError(f"--out {folder}: is a file; choose a folder")
-    names = {path.name for path in folder.glob("[!.]*")}  # not those that begin with a dot
-    foreign = {name for name in names if not name.endswith((".png", ".npz", ".tmp"))}
-    if "run.json" in names:  # a run that ended before its first checkpoint
+    found = folder.glob("[!.]*")  # all but what begins with a dot
+    foreign = {path.name for path in found if path.suffix not in (".png", ".npz", ".tmp")}
+    if "run.json" in foreign:  # a run that ended before its first checkpoint
         foreign -= {"run.json", "log.jsonl"}
     if foreign:
         raise UserError(f"--out {folder} holds other files ({min(foreign)}); choose another --out")
@@ -226,7 +226,7 @@ def note_start(path, args, step, world):
             starts = list(json.loads(path.read_text()))
     commit = None
     if shutil.which("git"):
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     start = {
         "step": step,
@@ -291,7 +291,7 @@ class TrainingLog:
         self.bad_in_a_row = 0  # the newest steps whose gradient was not finite
         self.interval_step = step  # the step after which the interval began
         self.interval_clock = None  # when it began: until_stopped sets this
-        disable = None if rank == 0 else True  # tqdm: None shows the bar only in a terminal
+        disable = rank > 0 or None  # tqdm: None shows the bar only in a terminal
         self.bar = tqdm(total=args.steps, initial=step, unit="step", disable=disable)
 
     def add(self, names, losses, grad_norm):
@@ -360,7 +360,7 @@ class TrainingLog:
             text += f", {row['skipped']} skipped"
         self.bar.set_postfix_str(text)
         if self.bar.disable:  # there is no terminal
-            print(f"step {row['step']}: {text}", flush=True)
+            print(f"step {row['step']}: {text}")
 
     def explain_bad(self):
         """Returns the message for a run whose newest steps had no finite gradient."""
@@ -394,7 +394,7 @@ class TrainingLog:
 
 def note_on_average(decay, step):
     """Returns a remark if more than 5 % of the averaged weights are initial ones, otherwise ""."""
-    share = (decay or 0) ** step
+    share = decay**step
     if share < 0.05:
         return ""
     return f"; the averages are still {share:.0%} initial weights: try sample.py --weights model"
@@ -423,8 +423,6 @@ def read_checkpoint(path, resume=False, official=None):
     Raises UserError if the file is missing, damaged or foreign.
     """
     path = checkpoint_file(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint")
     with explaining(f"{path}: not a readable checkpoint", "use another one"):
         if resume:
             check_archive(path)
@@ -459,8 +457,7 @@ def read_init(path, config, classes):
         if there != here and "NoiseDiT" in (there, here):
             raise ValueError("one of the two predicts noise: train_dit.py goes on from such models")
         check_archive(checkpoint_file(path))
-        inherited = dit.inherit_config(config, init["config"])
-    return init, inherited
+        return init, dit.inherit_config(config, init["config"])
 
 
 def write_checkpoint(path, checkpoint):
@@ -468,9 +465,16 @@ def write_checkpoint(path, checkpoint):
 
 
 def checkpoint_file(path):
-    """Returns the path of a checkpoint, or that of last.pt in a run folder."""
+    """Returns the path of a checkpoint, or that of last.pt in a run folder.
+
+    Raises UserError if there is none.
+    """
     path = Path(path)
-    return path / "last.pt" if path.is_dir() else path
+    if path.is_dir():
+        path /= "last.pt"
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    return path
 
 
 def check_archive(path):
@@ -498,15 +502,13 @@ def validate_checkpoint(checkpoint, resume):
     for name in must_be_finite:
         if not all(value.isfinite().all() for value in checkpoint[name].values()):
             raise ValueError(f"{name} is not finite")
-    classes = len(checkpoint["data"]["classes"])
-    if classes != model.num_classes:
-        raise ValueError(f"it has names for {classes} classes, its model has {model.num_classes}")
+
 
 
 # ---- checkpoints of REPA, SiT and DiT
 
 
-def from_official(content, official=None):
+def from_official(content, official):
     """Returns a checkpoint in our form from the content of a file of REPA, SiT or DiT.
 
     The number of output channels tells them apart. If there are eight, the last four are variances:
@@ -554,37 +556,31 @@ def from_official(content, official=None):
 def official_weights(content):
     """Returns the weights of an official file under our names, and whether REPA surely wrote it."""
     state = content.get("ema", content.get("model", content))
+    is_repa = any(re.search("projectors|decoder_blocks", name) for name in state)
+    # older files of REPA: the blocks behind the aligned one are called decoder_blocks
+    aligned_depth = sum("qkv.weight" in name and "decoder" not in name for name in state)
     weights = {}
     for name, value in state.items():
         name = name.removeprefix("module.").removeprefix("_orig_mod.")
+        if name.startswith("decoder_blocks."):
+            _, i, rest = name.split(".", 2)
+            name = f"blocks.{int(i) + aligned_depth}.{rest}"
         if not name.startswith("projectors."):
             weights[name] = value.float()
-    has_projectors = len(weights) < len(state)
-
-    # older files of REPA: the blocks behind the aligned one are called decoder_blocks
-    aligned_depth = sum(name.startswith("blocks.") and "qkv.weight" in name for name in weights)
-    old_names = [name for name in weights if name.startswith("decoder_blocks.")]
-    for name in old_names:
-        _, i, rest = name.split(".", 2)
-        weights[f"blocks.{int(i) + aligned_depth}.{rest}"] = weights.pop(name)
-    return weights, has_projectors or bool(old_names)
+    return weights, is_repa
 
 
 def convert_last_layer(weights, patch, channels, expected):
     """Makes the last layer predict what ours predicts. Returns the origin: repa, sit or dit.
 
-    It drops SiT's variances and reverses SiT's time. expected: repa, sit or None, which decides for
-    a file without variances. Raises ValueError if it is None then.
+    It drops SiT's variances, and turns its velocity round, in sign and in time. expected: repa, sit
+    or None, which decides for a file without variances. Raises ValueError if it is None then.
     """
-    names = ("final_layer.linear.weight", "final_layer.linear.bias")
-    last = {}
-    for name in names:
-        # the second axis is the output: 0 is the prediction, 1 the variance
-        last[name] = weights[name].unflatten(0, (patch**2, -1, channels))
-    num_outputs = last["final_layer.linear.weight"].shape[1]
-    if num_outputs == 1:
+    shape = (patch**2, -1, channels)  # the second axis: 0 is the prediction, 1 the variance
+    outputs = weights["final_layer.linear.weight"].unflatten(0, shape)
+    if outputs.shape[1] == 1:
         origin = expected
-    elif any(value[:, 1].any() for value in last.values()):
+    elif outputs[:, 1].any():
         origin = "dit"  # its variances are trained
     else:
         origin = "sit"
@@ -594,8 +590,9 @@ def convert_last_layer(weights, patch, channels, expected):
             " REPA with projectors"
         )
     if origin == "sit":
-        for name in names:
-            weights[name] = last[name][:, 0].flatten(0, 1)
+        for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+            outputs = weights[name].unflatten(0, shape)
+            weights[name] = -outputs[:, 0].flatten(0, 1)
         reverse_time(weights)
     return origin
 
@@ -603,12 +600,10 @@ def convert_last_layer(weights, patch, channels, expected):
 def reverse_time(weights):
     """Turns SiT's weights, for which t = 1 is data, into ours: v(x, t) = - v_SiT(x, 1 - t).
 
-    The last layer changes its sign. The first layer of the time MLP absorbs t -> 1 - t, because
+    The caller changes the sign. The first layer of the time MLP absorbs t -> 1 - t, because
         cos((1 - t) f) = cos(f) cos(t f) + sin(f) sin(t f)
         sin((1 - t) f) = sin(f) cos(t f) - cos(f) sin(t f)
     """
-    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        weights[name] = -weights[name]
     of_cos, of_sin = weights["t_embedder.mlp.0.weight"].chunk(2, dim=1)
     f = dit.Sinusoids(of_cos.shape[1]).omega
     new_of_cos = of_cos * f.cos() + of_sin * f.sin()
@@ -621,13 +616,12 @@ def reverse_time(weights):
 
 def replace_file(path, write):
     """Calls write(file) for a file beside `path` and renames it. Raises UserError if that fails."""
-    path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may write the same file
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         cause = error
@@ -657,7 +651,7 @@ def write_tensors(path, tensors):
 def read_json(path, expected=None):
     """Returns the dict in a JSON file. Raises UserError if it lacks what is `expected`."""
     with explaining(f"{path}: damaged", "delete the folder and make it again"):
-        entries = dict(json.loads(Path(path).read_text()).items())  # a list has no items
+        entries = dict(json.loads(path.read_text()).items())  # a list has no items
         expect(entries, expected or {})
         return entries
 
@@ -703,33 +697,28 @@ def start_folder(folder, name, description, size):
     Raises UserError if the folder holds other work or other files, or if the disk has less room.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / name).exists():
-        # dumps and loads: JSON turns tuples into lists
-        here = json.loads(json.dumps(description))
-        difference = first_difference(read_json(folder / name), here)
+    file = folder / name
+    if file.exists():
+        difference = first_difference(read_json(file), description)
         if difference:
             raise UserError(
                 f"{folder} holds the work of another command: {difference};"
                 " delete it or choose another name"
             )
         return
-    names = {path.name for path in folder.iterdir()}
-    foreign = {name for name in names if not name.endswith(".tmp")}
+    foreign = {path.name for path in folder.iterdir() if path.suffix != ".tmp"}
     if foreign:
         raise UserError(f"{folder} holds other files, such as {min(foreign)}; choose another --out")
     free = shutil.disk_usage(folder).free
     if size > free:
         raise UserError(f"{folder}: needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
-    print(f"{folder}: needs at most {size / 1e9:.3f} GB, {free / 1e9:.1f} GB are free", flush=True)
-    write_json(folder / name, description)
+    print(f"{folder}: needs at most {size / 1e9:.3f} GB, {free / 1e9:.1f} GB are free")
+    write_json(file, description)
 
 
 def file_hash(path):
     """Returns the first 16 digits of the SHA-256 of a file, or of the last.pt of a run folder."""
-    path = checkpoint_file(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    with open(path, "rb") as file:
+    with open(checkpoint_file(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
@@ -747,11 +736,12 @@ def launch(hours=24):
     if the other processes do not appear in time.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    variables = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
+    variables = ", ".join(f"{name}={os.getenv(name)}" for name in names)
     with explaining(variables, "start several processes with torchrun, or unset these variables"):
         rank, world, local_rank = torchrun_ranks()
 
     device = torch.device("cpu")
+    backend = "gloo"
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise UserError(
@@ -759,12 +749,13 @@ def launch(hours=24):
                 " lower --nproc_per_node"
             )
         device = torch.device("cuda", local_rank)
+        backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
 
-    if world > 1 and not dist.is_initialized():
+    if world > 1:
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # of DDP
-        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+
         remedy = "are MASTER_ADDR and MASTER_PORT right, and were all processes started?"
         with explaining(f"{variables}: the processes do not find each other", remedy):
             # in two steps, because a missing process is noticed in minutes, a late one in hours
@@ -786,9 +777,9 @@ def torchrun_ranks():
 
     Raises ValueError if they make no sense.
     """
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    rank = int(os.getenv("RANK", 0))
+    world = int(os.getenv("WORLD_SIZE", 1))
+    local_rank = int(os.getenv("LOCAL_RANK", 0))
     one_is_missing = ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ)
     if one_is_missing or local_rank < 0 or not 0 <= rank < world:
         raise ValueError("RANK must be below WORLD_SIZE, and both must be set")
@@ -927,7 +918,7 @@ def check_flags(args, world, num_images):
 
 def check_memory(config, images, args):
     """Raises UserError if this device has too little memory to train on `images` at once."""
-    visible = 1 - vars(args).get("mask_ratio", 0)  # what SD-DiT's student sees
+    visible = 1 - getattr(args, "mask_ratio", 0)  # what SD-DiT's student sees
     gradients_stay = images < args.batch_size  # those of other micro-batches or processes
     needed = dit.training_memory(
         config, images, args.precision, args.compile, visible, gradients_stay
@@ -945,7 +936,7 @@ def check_memory(config, images, args):
 
 def compile_blocks(module):
     """Compiles every transformer block. Raises UserError if there is no C++ compiler."""
-    if not shutil.which(os.environ.get("CXX", "c++")):
+    if not shutil.which(os.getenv("CXX", "c++")):
         raise UserError("--compile needs a C++ compiler: install g++, or pass --no-compile")
     torch._dynamo.config.optimize_ddp = False  # it would cut the model into dozens of graphs
     for block in module.modules():
@@ -976,8 +967,7 @@ def program(script, args):
                 raise
             sys.exit(f"{name}: {error.filename}: {error.strerror}")
         except (RuntimeError, MemoryError) as error:
-            says_memory = re.search("(out of|enough|allocate) memory", str(error))
-            if not (isinstance(error, MemoryError) or says_memory):
+            if not re.search("(out of|enough|allocate) memory|MemoryError", repr(error)):
                 raise
             flag = "--micro-batch" if "micro_batch" in args else "--batch-size"
             sys.exit(f"{name}: out of memory; lower {flag} ({first_sentence(error)})")
@@ -991,10 +981,9 @@ def is_given(path, args):
         return False
     path = os.path.abspath(path)
     for value in vars(args).values():
-        if isinstance(value, (str, Path)):
-            given = os.path.abspath(value)
-            if path.startswith(given) or given.startswith(path):
-                return True
+        given = os.path.abspath(str(value))
+        if path.startswith(given) or given.startswith(path):
+            return True
     return False
 
 
@@ -1010,14 +999,9 @@ class Stream:
         return getattr(self.stream, name)
 
     def write(self, text):
-        self.attempt(self.stream.write, text)
-
-    def flush(self):
-        self.attempt(self.stream.flush)
-
-    def attempt(self, action, *arguments):
         try:
-            action(*arguments)
+            self.stream.write(text)
+            self.stream.flush()  # at once, so that no later flush can fail
         except OSError:  # discard all further output, and what is still in the buffer
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self.stream.fileno())
@@ -1029,13 +1013,12 @@ class Parser(argparse.ArgumentParser):
     class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
         def _get_help_string(self, action):
             silent = action.default is None or action.default is False
-            if silent or "default" in (action.help or ""):
+            if silent or "default" in action.help:
                 return action.help
             return super()._get_help_string(action)
 
-    def __init__(self, script, description):
-        name = Path(script).name
-        super().__init__(prog=name, description=description, formatter_class=self.Formatter)
+    def __init__(self, script, doc):
+        super().__init__(prog=Path(script).name, description=doc, formatter_class=self.Formatter)
         self.register("action", "onoff", argparse.BooleanOptionalAction)  # --flag and --no-flag
 
     def parse_known_args(self, argv=None, namespace=None):
