@@ -158,8 +158,8 @@ class CachedFeatures(Dataset):
 
         lengths = [len(shard["labels"]) for shard in self.shards]
         self.starts = np.cumsum(lengths) - lengths  # the first item of each file
-        one_per_image = [shard["labels"][:: self.views] for shard in self.shards]
-        self.labels = np.concatenate(one_per_image)
+        labels_of_items = np.concatenate([shard["labels"] for shard in self.shards])
+        self.labels = labels_of_items[:: self.views]  # one per image
         meta["images"] = len(self.labels)
         all_labels = range(len(meta["classes"]))
         meta["empty_classes"] = np.setdiff1d(all_labels, self.labels).tolist()
@@ -257,7 +257,8 @@ class CachedFeatures(Dataset):
         batch = {}
         for name in names or self.names:
             first = self.shards[0][name]
-            batch[name] = np.empty((len(indices), *first.shape[1:]), first.dtype)
+            shape = (len(indices), *first.shape[1:])
+            batch[name] = np.empty(shape, first.dtype)
 
         shard_of = np.searchsorted(self.starts, indices, side="right") - 1
         row_of = indices - self.starts[shard_of]
@@ -558,7 +559,8 @@ class ViT:
 
     def __init__(self, name, grid, file, device):
         self.side = grid * patch_size(name)
-        self.model = load_vit(name, self.side, file).to(device).eval().requires_grad_(False)
+        model = load_vit(name, self.side, file)
+        self.model = model.to(device).eval().requires_grad_(False)
         self.widths = [self.model.embed_dim]
         self.final_norm = not (".mae" in name or "_clip_" in name)  # as in REPA's code
         config = timm.data.resolve_model_data_config(self.model)
@@ -594,8 +596,8 @@ def load_vit(name, side, file):
     with explaining(f"--encoder-weights {file}: not weights of {name}", "pass its own"):
         overlay = {"state_dict": dict(weights)}
         model = timm.create_model(name, pretrained_cfg_overlay=overlay, **options)
-        # timm says nothing of tensors that the file lacks: they stay random. It renames those of
-        # the file by this function, which lies in the module of the model.
+        # timm leaves random what the file lacks, and does not say so. `convert` gives the file's
+        # tensors timm's names; every module of models has its own.
         convert = sys.modules[type(model).__module__].checkpoint_filter_fn
         missing = model.state_dict().keys() - convert(weights, model).keys()
         if missing:
@@ -837,9 +839,9 @@ def sequence(**modules):
 
 
 def levels(widths, types, depth, groups):
-    """Returns a level of `depth` residual blocks for each width, of a type as in config.json.
+    """Returns one Level per width, each with `depth` residual blocks. types: as in config.json.
 
-    The last level does not change the resolution.
+    Every level but the last halves or doubles the resolution, as its type says.
     """
     network = nn.Sequential()
     c_in = widths[0]
@@ -885,9 +887,6 @@ class Level(nn.Module):
         return self.upsamplers(self.downsamplers(x))
 
 
-
-
-
 class ResnetBlock(nn.Module):
     def __init__(self, c_in, c_out, groups):
         super().__init__()
@@ -916,7 +915,10 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x):
         h = self.group_norm(x).flatten(2).mT.unsqueeze(1)            # [N, 1, H W, C]
-        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
+        q = self.to_q(h)
+        k = self.to_k(h)
+        v = self.to_v(h)
+        h = F.scaled_dot_product_attention(q, k, v)
         return x + self.to_out(h).squeeze(1).mT.reshape(x.shape)
 
 
@@ -954,10 +956,9 @@ def load_autoencoder(name, device="cpu"):
         with explaining(f"--vae {name}: cannot be downloaded", remedy):
             parts = name.split("/")
             repository = "/".join(parts[:2])
-            for file in ("config.json", wanted):
-                inside = "/".join([*parts[2:], file])
-                downloaded = huggingface_hub.hf_hub_download(repository, inside)
-            path = Path(downloaded)  # of the weights, in one folder with config.json
+            folder = "/".join([*parts[2:], ""])  # with a slash at its end, unless it is ""
+            huggingface_hub.hf_hub_download(repository, folder + "config.json")
+            path = Path(huggingface_hub.hf_hub_download(repository, folder + wanted))
 
     entries = {}
     config_file = path.with_name("config.json")
@@ -1159,7 +1160,7 @@ class Images:
         self.archive = None  # loader processes are copies of this one, and must not share a file
 
     def list_files(self):
-        """Sets `names`, and returns the labels of all images and the classes."""
+        """Sets `names`, of a .zip also `root`. Returns the labels of all images and classes."""
         if self.is_folder:
             listed = list(list_folder(self.path))
         else:
@@ -1262,7 +1263,8 @@ def list_zip(path):
             names = archive.namelist()
         names = [name for name in names if not any(map(is_hidden, name.split("/")))]
         # a/b/cat/1.png is in the class folder a/b/cat: the root is what all a/b have in common
-        above = {os.path.dirname(os.path.dirname(name)) for name in with_suffix(names, IMAGES)}
+        images = with_suffix(names, IMAGES)
+        above = {os.path.dirname(os.path.dirname(name)) for name in images}
         shared = os.path.commonpath(above or [""])
         root = os.path.join(shared, "")  # with a slash at its end, unless it is ""
     return root, [name.removeprefix(root) for name in names if name.startswith(root)]

@@ -214,8 +214,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     # is inexact for fewer images than D.
     values, vectors = torch.linalg.eigh(sigma1)
     rounding_error = values[-1].clamp(min=0) * d * torch.finfo(torch.float64).eps
-    # The other eigenvalues are 0 but for rounding. Their roots are larger, and would add up.
-    keep = values > rounding_error
+    keep = values > rounding_error  # the others are 0 but for rounding; their roots would add up
     R = vectors[:, keep] * values[keep].sqrt()                        # [D, rank of S1]
     eigenvalues = torch.linalg.eigvalsh(R.T @ sigma2 @ R)             # [rank of S1]
     root_trace = eigenvalues.clamp(min=0).sqrt().sum()
@@ -332,7 +331,7 @@ def monge_distance(reference, samples, lines=1000):
 
 @dataclasses.dataclass
 class Measured:
-    """What the metrics need of a set of images, by the keys "fid" and "sfid" if known."""
+    """What the metrics need of a set of images. Keys of both dicts: "fid" and "sfid", if known."""
 
     features: dict                                                    # [N, D], fp32
     statistics: dict                                                  # (mu [D], sigma [D, D]), fp64
@@ -439,7 +438,9 @@ def compare_floor(reference, sets, model, args):
 
     order = torch.from_numpy(np.random.RandomState(0).permutation(count))
     row = {"set": f"floor: {n} of REF against its other {count - n}", "images": n}
-    return row | compare(subset(reference, order[n:]), subset(reference, order[:n]), model, args)
+    chosen = subset(reference, order[:n])
+    others = subset(reference, order[n:])
+    return row | compare(others, chosen, model, args)
 
 
 def subset(measured, rows):

@@ -315,12 +315,12 @@ class TrainingLog:
             raise UserError(f"step {step}: {self.explain_bad()}")
         if dist.is_initialized():
             dist.all_reduce(self.sums)
-        *sums, count = self.sums.tolist()  # every process has counted the same finite steps
+        *sums, count = self.sums.tolist()
         means = {}
         for name, total in zip(self.names, sums, strict=True):
             means[name] = total / count if count else None
         steps = step - self.interval_step
-        finite_steps = round(count / self.world)
+        finite_steps = round(count / self.world)  # every process has counted the same ones
         seconds = time.perf_counter() - self.interval_clock
         rate = steps * self.args.batch_size / seconds
         self.sums = 0
@@ -445,7 +445,7 @@ def load_model(path, weights="ema", device="cpu", official=None):
 def read_init(path, config, classes):
     """Returns the checkpoint of --init, and the entries of `config` that its model hands on.
 
-    classes: the names of those to train on. An official file knows no names: its labels are
+    classes: the cache's names of its classes. An official file has no names: its labels are
     ImageNet's in the order of the class folders, so it gets these names if there are as many.
     """
     init = read_checkpoint(path)
@@ -496,13 +496,13 @@ def validate_checkpoint(checkpoint, resume):
     with torch.device("meta"):
         model = dit.build(checkpoint["config"])
     for name in ("model", "ema"):
-        # a plain dict: load_state_dict would mark the state dict with `assign`, and the next load
-        # would then assign, too, where it should copy
+        # a plain dict: load_state_dict notes `assign` in a state dict, and the next load of it,
+        # which must copy, would assign, too
         model.load_state_dict(dict(checkpoint[name]), assign=True)
     for name in must_be_finite:
-        if not all(value.isfinite().all() for value in checkpoint[name].values()):
-            raise ValueError(f"{name} is not finite")
-
+        for value in checkpoint[name].values():
+            if not value.isfinite().all():
+                raise ValueError(f"{name} is not finite")
 
 
 # ---- checkpoints of REPA, SiT and DiT
@@ -519,7 +519,7 @@ def from_official(content, official):
     weights, is_repa = official_weights(content)
     width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
     side = math.isqrt(weights["pos_embed"].shape[1]) * patch
-    heads_of_width = {width: heads for _, width, heads in dit.SIZES.values()}
+    heads_of_width = {w: heads for _, w, heads in dit.SIZES.values()}
     num_classes = len(weights["y_embedder.embedding_table.weight"]) - 1
     expected = "repa" if is_repa else official
     origin = convert_last_layer(weights, patch, channels, expected)
@@ -573,8 +573,8 @@ def official_weights(content):
 def convert_last_layer(weights, patch, channels, expected):
     """Makes the last layer predict what ours predicts. Returns the origin: repa, sit or dit.
 
-    It drops SiT's variances, and turns its velocity round, in sign and in time. expected: repa, sit
-    or None, which decides for a file without variances. Raises ValueError if it is None then.
+    It drops SiT's variances, and turns its velocity round, in sign and in time. A file without
+    variances does not show its origin: this is `expected`. Raises ValueError if that is None.
     """
     shape = (patch**2, -1, channels)  # the second axis: 0 is the prediction, 1 the variance
     outputs = weights["final_layer.linear.weight"].unflatten(0, shape)
@@ -591,8 +591,8 @@ def convert_last_layer(weights, patch, channels, expected):
         )
     if origin == "sit":
         for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-            outputs = weights[name].unflatten(0, shape)
-            weights[name] = -outputs[:, 0].flatten(0, 1)
+            prediction = weights[name].unflatten(0, shape)[:, 0]
+            weights[name] = -prediction.flatten(0, 1)
         reverse_time(weights)
     return origin
 
@@ -868,8 +868,8 @@ def read_ahead(dataset, workers, **options):
     Python would only send them SIGTERM, and wait.
     """
     others = multiprocessing.active_children()
-    options["worker_init_fn"] = shield_worker
-    batches = iter(DataLoader(dataset, num_workers=workers, **options))
+    loader = DataLoader(dataset, num_workers=workers, worker_init_fn=shield_worker, **options)
+    batches = iter(loader)  # starts the workers
     processes = [child for child in multiprocessing.active_children() if child not in others]
     atexit.register(kill, processes)
     # PyTorch's handler would raise anywhere in the program when a worker dies
@@ -1047,9 +1047,9 @@ def number(kind, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf):
         try:
             value = kind(text)
         except ValueError:
-            article = "an integer" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {article}") from None
-        if not (low <= value <= high and above < value < below):
+            noun = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {noun}") from None
+        if not (low <= value <= high and above < value < below):  # inf and nan fail, too
             raise argparse.ArgumentTypeError(f"{text[:40]} must be {expected}")
         return value
 

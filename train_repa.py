@@ -153,7 +153,8 @@ def repa_loss(projected, targets):
     """
     cosines = []
     for h_tokens, z in zip(projected, targets, strict=True):
-        cosines.append(F.cosine_similarity(h_tokens.float(), z.float(), dim=-1).mean())
+        cosine = F.cosine_similarity(h_tokens.float(), z.float(), dim=-1)  # [N, T]
+        cosines.append(cosine.mean())
     return -torch.stack(cosines).mean()
 
 
@@ -197,11 +198,13 @@ class Alignment(nn.Module):
     def forward(self, block_tokens, targets):
         """Returns L_repa. block_tokens: [N, T, D] of each block; targets [N, T, sum of E]."""
         z = targets.split(self.target_widths, dim=-1)                # [N, T, E] of each encoder
+        projectors = iter(self.projectors)
         projected = []
-        for i, h in enumerate(self.projectors):  # for each block, one of each encoder
-            tokens = block_tokens[i // len(z)]                       # [N, T, D]
-            projected.append(h(tokens))                              # [N, T, E]
-        return repa_loss(projected, z * len(block_tokens))  # every block has the same targets
+        for tokens in block_tokens:                                  # [N, T, D]
+            for _ in self.target_widths:
+                h = next(projectors)
+                projected.append(h(tokens))                          # [N, T, E]
+        return repa_loss(projected, z * len(block_tokens))  # the tuple z, repeated for each block
 
     def flops(self, num_tokens):
         """Returns the FLOPs of the forward pass for one image with num_tokens tokens."""
@@ -283,7 +286,8 @@ def cknna(f, g, k=NEIGHBOURS):
 def mean_tokens(model, cache, batch, t):
     """Returns the mean token of every block, for the images of a batch at time t: [L, n, D]."""
     x = cache.latents(batch["moments"])
-    eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    generator = torch.Generator().manual_seed(0)  # the same noise in every report
+    eps = torch.randn(x.shape, generator=generator).to(x)
     x_t = (1 - t) * x + t * eps
     times = x.new_full((len(x),), t)
     blocks = range(1, len(model.blocks) + 1)
