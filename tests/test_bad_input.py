@@ -354,7 +354,7 @@ CONFIG = {
     "mlp_ratio": (10**9, "4"),
 }
 DATA = {
-    "classes": ([], ["0", "1"], [0, 1, 2], 3, ...),
+    "classes": ([0, 1, 2], 3, ...),
     "latent_scale": (float("nan"), "1", ...),
     "latent_shift": (float("inf"), ...),
     "vae": (3, ...),

@@ -15,8 +15,8 @@ LAYOUT = {
 }
 LOOPS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 DENSER = {"dit.py": 11.2, "fid.py": 11.2}  # networks and metrics: formulas are dense
-TOKENS = {"train_repa.py": 3_700}
-ALL_TOKENS = 44_050  # of the files that are not LATER
+TOKENS = {"train_repa.py": 3_600}
+ALL_TOKENS = 43_250  # of the files that are not LATER
 LATER = {"train_meanflow.py", "train_dit.py"}
 
 

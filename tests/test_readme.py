@@ -48,7 +48,7 @@ def test_flags_of_the_tables_exist(capsys):
 
 def test_size_of_the_readme():
     lines = README.splitlines()
-    assert len(lines) <= 180 and max(map(len, lines)) <= 120
+    assert len(lines) <= 180 and max(map(len, lines)) <= 110
 
 
 def test_links_exist():

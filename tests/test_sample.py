@@ -771,7 +771,6 @@ DAMAGE = {
         "model is not finite",
     ),
     "no classes": (lambda c: c["data"].__delitem__("classes"), "classes"),
-    "classes": (lambda c: c["data"].update(classes=["a", "b"]), "classes"),
     "classes numbers": (lambda c: c["data"].update(classes=[0, 1, 2]), "classes"),
     "scale NaN": (lambda c: c["data"].update(latent_scale=float("nan")), "latent_scale"),
     "shift": (lambda c: c["data"].update(latent_shift=float("inf")), "latent_shift"),
