@@ -204,7 +204,7 @@ class Alignment(nn.Module):
             for _ in self.target_widths:
                 h = next(projectors)
                 projected.append(h(tokens))                          # [N, T, E]
-        return repa_loss(projected, z * len(block_tokens))  # the tuple z, repeated for each block
+        return repa_loss(projected, z * len(block_tokens))  # z, repeated for each block
 
     def flops(self, num_tokens):
         """Returns the FLOPs of the forward pass for one image with num_tokens tokens."""
