@@ -620,7 +620,7 @@ def patch_size(name):
 
 def explaining_vit(name):
     """Returns a context in which any error becomes a UserError: timm has no such ViT."""
-    remedy = "see timm.list_models('vit*')"
+    remedy = "see --help and timm.list_models('vit*')"
     return explaining(f"--encoder {name}: not a ViT that timm knows", remedy)
 
 

@@ -423,7 +423,10 @@ def read_checkpoint(path, resume=False, official=None):
     Raises UserError if the file is missing, damaged or foreign.
     """
     path = checkpoint_file(path)
-    with explaining(f"{path}: not a readable checkpoint", "use another one"):
+    remedy = "use another one"
+    if resume:
+        remedy = "copy a snapshot of the run, STEP.pt, over it, or choose another --out"
+    with explaining(f"{path}: not a readable checkpoint", remedy):
         if resume:
             check_archive(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # in files of REPA and SiT
@@ -755,7 +758,6 @@ def launch(hours=24):
 
     if world > 1:
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # of DDP
-
         remedy = "are MASTER_ADDR and MASTER_PORT right, and were all processes started?"
         with explaining(f"{variables}: the processes do not find each other", remedy):
             # in two steps, because a missing process is noticed in minutes, a late one in hours

@@ -602,6 +602,8 @@ def prepare(args, device):
     # at once, before the slow checks: a training script may replace its last.pt at any time
     checkpoint_hash = files.file_hash(args.checkpoint)
     model, checkpoint = files.load_model(args.checkpoint, args.weights, device, args.official)
+    if args.official and "official" not in checkpoint:
+        raise UserError(f"--official: {args.checkpoint} is not an official file; leave it out")
     guide = guide_hash = None
     if args.guide:
         guide_hash = files.file_hash(args.guide)
@@ -686,7 +688,7 @@ def class_indices(text, classes):
     if set(words) <= set(numbers):
         return [int(word) for word in words]
     raise UserError(
-        f"--labels {text[:60]}: give only names of classes ({', '.join(classes[:9])}, ...),"
+        f"--labels {text[:60]}: give only names of classes, such as {', '.join(classes[:9])},"
         f" or only indices from 0 to {len(classes) - 1}"
     )
 
@@ -780,7 +782,8 @@ def parse_args(argv=None):
     add("--out", type=Path,
         help="write an ADM .npz: arr_0 uint8 [N, H, W, 3], arr_1 labels, protocol")
     add("--grid", type=Path,
-        help="write a PNG with all images; balanced labels of up to 20 classes get a column each")
+        help="write a PNG with all images, also over an old one; balanced labels of up to 20"
+             " classes get a column each")
     add("--labels", default="random",
         help="random or balanced among classes with images, or a list A,B of names or of indices")
     add("--control", type=control_row, default="empirical",

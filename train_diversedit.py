@@ -82,7 +82,7 @@ def parse_args(argv=None):
     add("--log-every", type=at_least_1, default=50,
         help="steps between rows of log.jsonl")
     add("--sample-every", type=number(int, 0), default=10_000,
-        help="steps between previews; 0 for none")
+        help="steps between previews, of which the first come sooner; 0 for none")
     add("--save-every", type=at_least_1, default=10_000,
         help="steps between checkpoints; one is also saved with every preview")
     add("--keep-every", type=at_least_1, default=50_000,
@@ -112,7 +112,7 @@ def parse_args(argv=None):
              " MeanFlow: -0.4 1.0; SD-DiT: -1.2 1.2)")
     add("--precision", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32",
         help="precision of the network (on CUDA, fp32 products use TF32); weights and optimiser are"
-             " always fp32")
+             " always fp32 (default: bf16 on CUDA, otherwise fp32)")
     add("--compile", action="onoff", default=cuda,
         help="torch.compile the transformer blocks (default: on CUDA)")
 

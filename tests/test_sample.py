@@ -806,6 +806,11 @@ def test_an_optimiser_of_another_run(checkpoint):
         files.restore(content, objective, model, torch.optim.AdamW(model.parameters()))
 
 
+def test_official_is_for_official_files(checkpoint, tmp_path):
+    with pytest.raises(SystemExit, match="--official.* is not an official file"):
+        sample.main([str(checkpoint), "--official", "repa", "--grid", str(tmp_path / "a.png")])
+
+
 def test_files_that_are_no_checkpoints(checkpoint, tmp_path):
     whole = checkpoint.read_bytes()
     (tmp_path / "text.pt").write_text("hello")

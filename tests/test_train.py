@@ -867,3 +867,15 @@ def test_two_runs_in_one_folder(cache, tmp_path, processes):
     first.join()
     step = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"]
     assert train(cache, tmp_path / "run", *ENDLESS, "--steps", step + 1)["step"] == step + 1
+
+
+def test_a_damaged_checkpoint_of_a_run(cache, tmp_path):
+    """The line says how to go on, and that works: a snapshot takes the place of last.pt."""
+    options = [cache, tmp_path / "run", "--keep-every", 3]
+    whole = train(*options)
+    last = tmp_path / "run" / "last.pt"
+    last.write_bytes(last.read_bytes()[:-1000])
+    assert "STEP.pt" in refusal(*options)
+    shutil.copy(tmp_path / "run" / "0000003.pt", last)
+    assert difference(whole, train(*options)) == 0
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
