@@ -394,7 +394,7 @@ class TrainingLog:
 
 def note_on_average(decay, step):
     """Returns a remark if more than 5 % of the averaged weights are initial ones, otherwise ""."""
-    share = decay**step
+    share = (decay or 0) ** step
     if share < 0.05:
         return ""
     return f"; the averages are still {share:.0%} initial weights: try sample.py --weights model"
@@ -697,6 +697,7 @@ def first_difference(there, here, may_differ=()):
 def start_folder(folder, name, description, size):
     """Makes a folder for work of `size` bytes in many parts, and writes its description to `name`.
 
+    description: a dict that JSON gives back as it is, so without tuples.
     Raises UserError if the folder holds other work or other files, or if the disk has less room.
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -609,6 +609,7 @@ def test_classes_without_images_are_not_drawn(tmp_path):
         (0.99, 290, "5%"),
         (0.99, 300, None),
         (0.9, None, None),
+        (None, 7, None),  # of a fork that does not average
     ],
 )
 def test_averages_that_hold_their_start(tmp_path, capsys, ema, step, start):
